@@ -1,0 +1,1 @@
+"""Run training on interruptible cloud machines and lose nothing when they are taken away."""

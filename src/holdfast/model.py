@@ -1,0 +1,193 @@
+"""What the user asks for. Validated here, completely, before anything is spent."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.errors import ConfigError
+
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Refuses keys it does not know, and says which one was probably meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"{key!r} is no key of {cls.__name__}: {hint}")
+        return data
+
+
+class Resources(Strict):
+    """What one machine must have. Pools that have less are never considered."""
+
+    instance_types: list[str] = Field([], title="Instance types", description="Only these; empty: any that fits.")
+    zones: list[str] = Field([], title="Zones", description="Only these; empty: every zone of the account.")
+    vcpus: int = Field(0, ge=0, title="vCPUs", description="At least so many.")
+    memory_gib: float = Field(0, ge=0, title="Memory (GiB)", description="At least so much.")
+    gpus: int = Field(0, ge=0, title="GPUs", description="At least so many on one machine.")
+    gpu_name: str = Field("", title="GPU name", description="For example A10G, L4, A100, H100; empty: any.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Resources:
+        if self.gpu_name and not self.gpus:
+            raise ValueError(
+                f"resources.gpu_name is {self.gpu_name!r} but resources.gpus is 0: they contradict each other; "
+                "set gpus to at least 1, or drop gpu_name"
+            )
+        return self
+
+
+class Checkpointing(Strict):
+    """When the training state is saved, and how many checkpoints are kept."""
+
+    every: str = Field(
+        "auto",
+        title="Save every",
+        description="'100 steps', '30 s', or 'auto': the spacing that loses least, from the measured cost of a save "
+        "and the pool's interruption rate (Young/Daly).",
+    )
+    max_to_keep: int = Field(3, ge=1, title="Checkpoints kept", description="Older ones are deleted after a commit.")
+
+    @model_validator(mode="after")
+    def _readable(self) -> Checkpointing:
+        parse_interval(self.every)
+        return self
+
+
+class Fallback(Strict):
+    """When spot is given up for on-demand."""
+
+    after_failed_spot_attempts: int = Field(
+        3,
+        ge=1,
+        title="Failed spot attempts in a row",
+        description="An attempt fails when it is refused for capacity, or is preempted before enough new progress.",
+    )
+    progress_to_reset: int | None = Field(
+        None,
+        ge=1,
+        title="Steps that count as progress",
+        description="New committed steps after which a preempted attempt does not count as failed. Empty: any new "
+        "commit beyond half a checkpoint interval.",
+    )
+    return_to_spot_after_seconds: PositiveSeconds | None = Field(
+        None,
+        title="Return to spot after (seconds)",
+        description="On-demand machines are left for spot again after so long, at a commit. Empty: never.",
+    )
+
+
+class TrainingJob(Strict):
+    """A program to be trained to its end, however often its machine is taken away."""
+
+    name: str = Field(
+        title="Name", description="Letters, digits and dashes; names the runs.", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$"
+    )
+    script: str | None = Field(None, title="Script", description="A Python file below the code folder.")
+    module: str | None = Field(None, title="Module", description="Run as python -m MODULE, from the code folder.")
+    command: list[str] = Field([], title="Command", description="Any program and its arguments, instead of a script.")
+    args: list[str] = Field([], title="Arguments", description="Passed on to the script, module or command as given.")
+    env: dict[str, str] = Field(
+        {}, title="Environment", description="Passed on to the program. No secrets: it is stored with the run."
+    )
+    code: str = Field(
+        ".", title="Code folder", description="Sent to the machine as it is; hidden and .holdfastignore'd files stay."
+    )
+    resources: Resources = Field(Resources(), title="Resources")
+    checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
+    fallback: Fallback = Field(Fallback(), title="Fallback to on-demand")
+    provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = Field(
+        "spot-then-on-demand", title="Provisioning", description="Which provisioning models may be used."
+    )
+    max_attempts: int = Field(50, ge=1, title="Attempts at most", description="Machines asked for, refusals included.")
+    max_program_failures: int = Field(
+        0, ge=0, title="Retries of a failing program", description="How often a program that fails is started again."
+    )
+    max_run_hours: PositiveSeconds = Field(
+        24.0, title="Hours at most", description="Machine hours the run may use in all; sets the worst-case cost."
+    )
+    lease_seconds: PositiveSeconds = Field(
+        900.0, title="Lease (seconds)", description="A machine ends itself when nobody has supervised it for so long."
+    )
+    notice_poll_seconds: PositiveSeconds = Field(
+        5.0, title="Notice poll (seconds)", description="How often the machine looks for an interruption notice."
+    )
+
+    @model_validator(mode="after")
+    def _one_program(self) -> TrainingJob:
+        named = [name for name in ("script", "module", "command") if getattr(self, name)]
+        if len(named) != 1:
+            raise ValueError(
+                f"a job names exactly one of script, module and command; this one names {' and '.join(named) or 'none'}"
+            )
+        reserved = sorted(key for key in self.env if key.startswith("HOLDFAST_"))
+        if reserved:
+            raise ValueError(f"env.{reserved[0]}: names that begin with HOLDFAST_ are ours; choose another")
+        if self.provisioning == "on-demand" and self.fallback.return_to_spot_after_seconds:
+            raise ValueError(
+                "fallback.return_to_spot_after_seconds contradicts provisioning 'on-demand'; drop one of the two"
+            )
+        return self
+
+
+INTERVAL = re.compile(r"^\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*(steps?|s|seconds?|minutes?|min)\s*$")
+
+
+def parse_interval(text: str) -> tuple[Literal["auto", "steps", "seconds"], float]:
+    """'auto', '100 steps', '30 s', '5 minutes' as (unit, number). Raises ValueError for anything else."""
+    if text.strip() == "auto":
+        return "auto", 0.0
+    match = INTERVAL.match(text)
+    if not match:
+        raise ValueError(f"checkpointing.every is {text!r}; write '100 steps', '30 s', '5 minutes' or 'auto'")
+    number, unit = float(match[1]), match[2]
+    if number <= 0 or (unit.startswith("step") and number != int(number)):
+        raise ValueError(f"checkpointing.every is {text!r}; the number must be above zero, and steps whole")
+    if unit.startswith("step"):
+        return "steps", number
+    return "seconds", number * (60 if unit.startswith("min") else 1)
+
+
+def load_job(path: Path | str) -> TrainingJob:
+    """The job in a YAML file; its `code` is taken relative to the file. Raises ConfigError with field and remedy."""
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"job file {path}: {error.strerror}; name a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"job file {path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"job file {path}: expected keys and values (name: ..., script: ...), found {data!r}")
+    try:
+        job = TrainingJob.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"job file {path}: {validation_message(error)}") from error
+    return job.model_copy(update={"code": str((path.parent / job.code).resolve())})
+
+
+def validation_message(error: ValidationError) -> str:
+    """Every complaint in one message: field, value, remedy."""
+    lines = []
+    for complaint in error.errors():
+        field = ".".join(str(part) for part in complaint["loc"])
+        message = complaint["msg"].removeprefix("Value error, ")
+        value = complaint.get("input")
+        shown = f" (got {value!r})" if field and not isinstance(value, dict) else ""
+        lines.append(f"{field}: {message}{shown}" if field else message)
+    return "; ".join(lines)

@@ -1,0 +1,52 @@
+"""What the orchestrator, the agent and the user's program have agreed on: names, files, exit statuses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Environment of the machine, set at launch, inherited by the agent and the program.
+STORE = "HOLDFAST_STORE"  # URL of the object store
+RUN = "HOLDFAST_RUN"  # run id
+ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits
+BUNDLE = "HOLDFAST_BUNDLE"  # URL of the bundle
+BUNDLE_SHA256 = "HOLDFAST_BUNDLE_SHA256"
+CONSOLE = "HOLDFAST_CONSOLE"  # file or device that outlives the machine; one line per trained step goes there
+
+# Added by the agent for the program.
+TELEMETRY = "HOLDFAST_TELEMETRY"  # JSON lines, written by the program, read by the agent
+NOTICE = "HOLDFAST_NOTICE"  # JSON file that appears when the machine is to be taken away
+CHECKPOINT_POLICY = "HOLDFAST_CHECKPOINT"  # JSON of `CheckpointPolicy`
+CHECKPOINT_DIRECTORY = "HOLDFAST_CHECKPOINT_DIRECTORY"  # for programs that checkpoint by writing folders
+RESUME_DIRECTORY = "HOLDFAST_RESUME_DIRECTORY"  # the restored folder, unset when there is none
+RESUME_STEP = "HOLDFAST_RESUME_STEP"
+
+EXIT_FINISHED = 0
+EXIT_PREEMPTED_COMMITTED = 83
+EXIT_PREEMPTED_UNCOMMITTED = 84
+
+Outcome = Literal[
+    "finished", "preempted", "no-capacity", "quota", "program-failed", "lost", "cancelled", "over-budget", "moved"
+]
+"""Why an attempt ended. `moved`: stopped by the orchestrator to go back to spot."""
+
+NoticeKind = Literal["preemption", "rebalance", "shutdown", "lease"]
+
+
+def attempt_prefix(run_id: str, attempt: int) -> str:
+    return f"runs/{run_id}/attempts/{attempt:04d}/"
+
+
+def checkpoint_prefix(run_id: str) -> str:
+    return f"runs/{run_id}/checkpoints/"
+
+
+def metrics_prefix(run_id: str) -> str:
+    return f"runs/{run_id}/metrics/"
+
+
+def journal_prefix(run_id: str) -> str:
+    return f"runs/{run_id}/journal/"
+
+
+def lease_key(run_id: str) -> str:
+    return f"runs/{run_id}/lease"

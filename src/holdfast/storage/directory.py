@@ -1,0 +1,125 @@
+"""A directory with the semantics of an object store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
+from holdfast.storage.protocol import Data, ObjectInfo
+
+STAGED_SUFFIX = ".staged"
+
+
+class DirectoryStore:
+    """Objects are files below `root`. A write is staged beside its key, synced, then linked or renamed into place.
+
+    Several processes may share a root; it must be on one file system that has hard links (every local Linux and
+    macOS one has; NFSv3 and later too).
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        self.url = self.root.as_uri()
+
+    def put(self, key: str, data: Data | Iterable[Data]) -> None:
+        path = self._path(key)
+        with self._staged(path, data) as staged:
+            os.replace(staged, path)
+            _sync_folder(path.parent)
+
+    def create(self, key: str, data: Data | Iterable[Data]) -> None:
+        path = self._path(key)
+        if path.exists():
+            raise AlreadyExistsError(f"{key} exists in {self.url}")
+        with self._staged(path, data) as staged:
+            try:
+                os.link(staged, path)  # link, not rename: it fails when the name is taken, in one step
+            except FileExistsError:
+                raise AlreadyExistsError(f"{key} exists in {self.url}") from None
+            _sync_folder(path.parent)
+
+    def get(self, key: str) -> bytes:
+        return self.get_range(key, 0, -1)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        try:
+            with open(self._path(key), "rb") as file:
+                file.seek(start)
+                return file.read(length)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise NotFoundError(f"{key} is not in {self.url}") from None
+        except OSError as error:
+            raise TransientError(f"{self.url}: can't read {key}: {error}") from error
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        folder = self.root / prefix.rpartition("/")[0]
+        found = []
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.endswith(STAGED_SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):  # deleted while we were listing
+                        found.append(ObjectInfo(key, path.stat().st_size))
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a store has no empty folders
+            for parent in path.parents:
+                if parent == self.root:
+                    break
+                parent.rmdir()
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if not key or any(part in ("", ".", "..") for part in parts) or key.endswith(STAGED_SUFFIX):
+            raise ConfigError(f"{key!r} is no key of an object: it must be relative, without empty or dotted parts")
+        return self.root.joinpath(*parts)
+
+    @contextlib.contextmanager
+    def _staged(self, path: Path, data: Data | Iterable[Data]) -> Iterator[Path]:
+        staged = path.with_name(f"{path.name}.{secrets.token_hex(6)}{STAGED_SUFFIX}")
+        chunks = [data] if isinstance(data, Data) else data
+        try:
+            file = _open_in_new_folder(staged)
+            try:
+                for chunk in chunks:
+                    _write_all(file, chunk)
+                os.fsync(file)
+            finally:
+                os.close(file)
+            yield staged
+        except OSError as error:
+            raise TransientError(f"{self.url}: can't write {path.relative_to(self.root)}: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+
+
+def _open_in_new_folder(path: Path) -> int:
+    # Another process's delete may remove the folder between our mkdir and our open.
+    for _ in range(20):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    raise FileNotFoundError(f"{path.parent} disappears as fast as it is made")
+
+
+def _write_all(file: int, chunk: Data) -> None:
+    rest = memoryview(chunk).cast("B")
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,39 @@
+"""What Holdfast asks of an object store. S3 and GCS have these semantics; a directory is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+Data = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    key: str
+    size_bytes: int
+
+
+class ObjectStore(Protocol):
+    """Keys are '/'-separated and relative. Every write is atomic: a reader sees the whole object or none."""
+
+    url: str
+
+    def put(self, key: str, data: Data | Iterable[Data]) -> None:
+        """Write or replace. Raises TransientError when the store can't take it now (full, unreachable)."""
+
+    def create(self, key: str, data: Data | Iterable[Data]) -> None:
+        """Write only if the key is free; of two at once, one wins. Raises AlreadyExistsError, TransientError."""
+
+    def get(self, key: str) -> bytes:
+        """Raises NotFoundError, TransientError."""
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`; fewer at the end of the object. Raises NotFoundError, TransientError."""
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in the order of their keys."""
+
+    def delete(self, key: str) -> None:
+        """Deleting what is not there is no error."""

@@ -15,6 +15,24 @@ from holdfast.errors import ConfigError
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+INTERVAL = re.compile(r"^\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*(steps?|s|seconds?|minutes?|min)\s*$")
+
+
+def parse_interval(text: str) -> tuple[Literal["auto", "steps", "seconds"], float]:
+    """'auto', '100 steps', '30 s', '5 minutes' as (unit, number). Raises ValueError for anything else."""
+    if text.strip() == "auto":
+        return "auto", 0.0
+    match = INTERVAL.match(text)
+    if not match:
+        raise ValueError(f"checkpointing.every is {text!r}; write '100 steps', '30 s', '5 minutes' or 'auto'")
+    number, unit = float(match[1]), match[2]
+    if number <= 0 or (unit.startswith("step") and number != int(number)):
+        raise ValueError(f"checkpointing.every is {text!r}; the number must be above zero, and steps whole")
+    if unit.startswith("step"):
+        return "steps", number
+    return "seconds", number * (60 if unit.startswith("min") else 1)
+
+
 class Strict(BaseModel):
     """Refuses keys it does not know, and says which one was probably meant."""
 
@@ -143,24 +161,6 @@ class TrainingJob(Strict):
                 "fallback.return_to_spot_after_seconds contradicts provisioning 'on-demand'; drop one of the two"
             )
         return self
-
-
-INTERVAL = re.compile(r"^\s*([-+]?[0-9]+(?:\.[0-9]+)?)\s*(steps?|s|seconds?|minutes?|min)\s*$")
-
-
-def parse_interval(text: str) -> tuple[Literal["auto", "steps", "seconds"], float]:
-    """'auto', '100 steps', '30 s', '5 minutes' as (unit, number). Raises ValueError for anything else."""
-    if text.strip() == "auto":
-        return "auto", 0.0
-    match = INTERVAL.match(text)
-    if not match:
-        raise ValueError(f"checkpointing.every is {text!r}; write '100 steps', '30 s', '5 minutes' or 'auto'")
-    number, unit = float(match[1]), match[2]
-    if number <= 0 or (unit.startswith("step") and number != int(number)):
-        raise ValueError(f"checkpointing.every is {text!r}; the number must be above zero, and steps whole")
-    if unit.startswith("step"):
-        return "steps", number
-    return "seconds", number * (60 if unit.startswith("min") else 1)
 
 
 def load_job(path: Path | str) -> TrainingJob:

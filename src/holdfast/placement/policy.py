@@ -1,0 +1,126 @@
+"""Which pool next: plain values in, a plain value out. The simulator and the controller run this same code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from holdfast.drivers.protocol import Offer, ProvisioningModel
+from holdfast.runtime.contract import Outcome
+
+COOL_DOWN = timedelta(minutes=10)
+"""A pool that refused or preempted us is asked after the others for so long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastAttempt:
+    """What placement needs to know of an attempt that has ended."""
+
+    offer_zone: str
+    instance_type: str
+    provisioning_model: ProvisioningModel
+    outcome: Outcome
+    ended_at: datetime
+    made_progress: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """Only what is knowable at `now`."""
+
+    now: datetime
+    offers: Sequence[Offer]
+    attempts: Sequence[PastAttempt]
+    provisioning: Literal["spot-then-on-demand", "spot", "on-demand"]
+    failed_spot_attempts_to_fall_back: int
+    max_attempts: int
+    restart_seconds: float
+    """From a machine's loss to the next new step."""
+    save_seconds: float
+    """What one checkpoint costs the training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    offer: Offer
+    reason: str
+    fell_back: bool = False
+    """True when this launch is the step from spot to on-demand."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    reason: str
+
+
+def decide(situation: Situation) -> Launch | GiveUp:
+    """Spot in the order of dollars per useful hour; on-demand after so many failed spot attempts in a row."""
+    if len(situation.attempts) >= situation.max_attempts:
+        return GiveUp(f"{len(situation.attempts)} attempts were made, which is max_attempts; raise it to go on")
+    model, why = _provisioning_model(situation)
+    offers = [offer for offer in situation.offers if offer.pool.provisioning_model == model]
+    if not offers:
+        return GiveUp(f"no {model} pool fits the job's resources")
+    best = rank(offers, situation)[0]
+    last = situation.attempts[-1] if situation.attempts else None
+    fell_back = model == "on-demand" and last is not None and last.provisioning_model == "spot"
+    price = f"${best.usd_per_hour:.3f}/h"
+    return Launch(best, f"{why}; {best.pool.zone} at {price} is the best of {len(offers)} pools", fell_back)
+
+
+def failed_spot_attempts_in_a_row(attempts: Sequence[PastAttempt]) -> int:
+    """Spot attempts at the end of the list that were refused, or taken before enough new progress."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.provisioning_model != "spot" or attempt.made_progress:
+            break
+        count += attempt.outcome in ("no-capacity", "quota", "preempted", "lost")
+    return count
+
+
+def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
+    """By expected dollars per useful hour; pools that failed lately come last, and the zone that failed just now too."""
+    last = situation.attempts[-1] if situation.attempts else None
+    avoid = last.offer_zone if last and last.outcome in ("no-capacity", "preempted", "lost", "quota") else ""
+    hot = {
+        (attempt.offer_zone, attempt.instance_type, attempt.provisioning_model)
+        for attempt in situation.attempts
+        if attempt.outcome in ("no-capacity", "quota", "preempted", "lost")
+        and situation.now - attempt.ended_at < COOL_DOWN
+    }
+
+    def order(offer: Offer) -> tuple[bool, bool, float, str]:
+        pool = offer.pool
+        usd = usd_per_useful_hour(offer, situation.restart_seconds, situation.save_seconds)
+        is_hot = (pool.zone, pool.instance_type, pool.provisioning_model) in hot
+        return is_hot, pool.zone == avoid, usd, str(pool)
+
+    return sorted(offers, key=order)
+
+
+def usd_per_useful_hour(offer: Offer, restart_seconds: float, save_seconds: float) -> float:
+    """Price over the share of time that makes progress.
+
+    With interruptions at rate r per second, each costs a restart and half a checkpoint interval, and the best interval
+    sqrt(2 save / r) costs another save / interval: the overhead is r x restart + sqrt(2 x save x r).
+    Source: Young, CACM 17(9), 1974.
+    """
+    rate = offer.interruptions_per_hour / 3600
+    overhead = rate * restart_seconds + (2 * save_seconds * rate) ** 0.5
+    return offer.usd_per_hour * (1 + overhead)
+
+
+def _provisioning_model(situation: Situation) -> tuple[ProvisioningModel, str]:
+    if situation.provisioning != "spot-then-on-demand":
+        return situation.provisioning, f"the job asks for {situation.provisioning}"
+    last = situation.attempts[-1] if situation.attempts else None
+    if last and last.provisioning_model == "on-demand" and last.outcome != "moved":
+        return "on-demand", "the run has fallen back to on-demand"
+    failed = failed_spot_attempts_in_a_row(situation.attempts)
+    if failed >= situation.failed_spot_attempts_to_fall_back:
+        return "on-demand", f"{failed} spot attempts in a row failed"
+    if failed:
+        return "spot", f"{failed} of {situation.failed_spot_attempts_to_fall_back} spot attempts in a row failed"
+    return "spot", "spot first"

@@ -1,0 +1,109 @@
+"""Who may tell the agent that its machine is to go: the cloud, and the lease."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from holdfast.clock import Clock
+from holdfast.errors import NotFoundError, TransientError
+from holdfast.runtime.contract import lease_key
+from holdfast.runtime.metadata import GcpMetadata, MetadataService, Notice, candidate_services
+from holdfast.storage import ObjectStore
+
+log = logging.getLogger(__name__)
+
+LEASE_GRACE_SECONDS = 60.0
+OVERDUE_SECONDS = 120.0
+"""A machine whose agent did not end by itself so long after its lease is powered off all the same."""
+
+
+class NoticeWatcher(threading.Thread):
+    """Asks the metadata service every `poll_seconds`; on GCP it is told at once (`wait_for_change`)."""
+
+    def __init__(self, clock: Clock, poll_seconds: float, tell: Callable[[Notice], None]) -> None:
+        super().__init__(name="notice-watcher", daemon=True)
+        self._clock, self._poll_seconds, self._tell = clock, poll_seconds, tell
+        self.dialect = ""
+
+    def run(self) -> None:
+        service = self._find_service()
+        self.dialect = service.dialect
+        while True:
+            try:
+                if notice := service.notice():
+                    self._tell(notice)
+                    if notice.kind == "preemption":
+                        return
+                if isinstance(service, GcpMetadata):
+                    service.wait_for_change(seconds=60)
+                else:
+                    self._clock.sleep(self._poll_seconds)
+            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+                log.warning("metadata service can't be read error=%s", error)
+                self._clock.sleep(self._poll_seconds)
+
+    def _find_service(self) -> MetadataService:
+        while True:
+            for service in candidate_services(self._clock):
+                if service.answers():
+                    return service
+            log.warning("no metadata service answers: an interruption notice can't be heard")
+            self._clock.sleep(self._poll_seconds)
+
+
+class LeaseWatcher(threading.Thread):
+    """The dead-man's switch: a machine that nobody supervises, or that was replaced, ends itself."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_id: str,
+        attempt: int,
+        clock: Clock,
+        poll_seconds: float,
+        tell: Callable[[Notice], None],
+        power_off: Callable[[], None],
+    ) -> None:
+        super().__init__(name="lease-watcher", daemon=True)
+        self._store, self._key, self._attempt = store, lease_key(run_id), attempt
+        self._clock, self._poll_seconds, self._tell, self._power_off = clock, poll_seconds, tell, power_off
+        self._expires_at: datetime | None = None
+        self._told = False
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._look()
+            except (TransientError, NotFoundError, ValueError, KeyError) as error:
+                log.warning("lease can't be read error=%s", error)
+            now = self._clock.now()
+            if self._expires_at and now >= self._expires_at:
+                self._say(now + timedelta(seconds=LEASE_GRACE_SECONDS), "nobody renewed the lease")
+                if now >= self._expires_at + timedelta(seconds=OVERDUE_SECONDS):
+                    self._power_off()
+            # Never faster than the wall bears: a fast clock must not turn this into a busy loop.
+            time.sleep(max(0.1, self._poll_seconds / self._clock.speed))
+
+    def _look(self) -> None:
+        lease = json.loads(self._store.get(self._key))
+        expires_at = datetime.fromisoformat(lease["expires_at"])
+        if lease["attempt"] > self._attempt:
+            self._expires_at = min(self._expires_at or expires_at, self._clock.now())
+            self._say(self._expires_at + timedelta(seconds=LEASE_GRACE_SECONDS), "a later attempt has the lease")
+        elif lease.get("stop"):
+            self._expires_at = expires_at
+            self._say(expires_at, f"asked to stop: {lease['stop']}")
+        elif not self._told:
+            self._expires_at = expires_at
+
+    def _say(self, reclaim_at: datetime, why: str) -> None:
+        if not self._told:
+            log.warning("lease ends reclaim_at=%s why=%s", reclaim_at.isoformat(), why)
+            self._told = True
+            self._tell(Notice(kind="lease", reclaim_at=reclaim_at, seen_at=self._clock.now()))

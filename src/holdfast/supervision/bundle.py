@@ -1,0 +1,108 @@
+"""What a machine fetches at boot: the user's code, the agent's orders, and Holdfast itself, in one archive."""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import holdfast
+from holdfast.errors import AlreadyExistsError, ConfigError
+from holdfast.model import TrainingJob
+from holdfast.storage import ObjectStore
+
+IGNORE_FILE = ".holdfastignore"
+ALWAYS_IGNORED = ("__pycache__", "*.pyc", "node_modules", "*.egg-info")
+MAX_CODE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    url: str
+    sha256: str
+
+
+def upload_bundle(job: TrainingJob, store: ObjectStore, run_id: str) -> Bundle:
+    """Pack and store the bundle of a run; the same content has the same name. Raises ConfigError, TransientError."""
+    data = pack(job)
+    sha256 = hashlib.sha256(data).hexdigest()
+    key = f"runs/{run_id}/bundles/{sha256[:16]}.tar.gz"
+    try:
+        store.create(key, data)
+    except AlreadyExistsError:
+        pass
+    return Bundle(f"{store.url.rstrip('/')}/{key}", sha256)
+
+
+def pack(job: TrainingJob) -> bytes:
+    """A reproducible tar.gz with code/, lib/holdfast/ and agent.json."""
+    buffer = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as archive,
+    ):
+        for path, name in _code_files(Path(job.code)):
+            _add(archive, f"code/{name}", path.read_bytes(), path.stat().st_mode & 0o755)
+        package = Path(holdfast.__file__).parent
+        for path in sorted(package.rglob("*")):
+            if path.suffix in (".py", ".sh"):
+                _add(archive, f"lib/holdfast/{path.relative_to(package).as_posix()}", path.read_bytes(), 0o644)
+        _add(archive, "agent.json", json.dumps(_agent_orders(job)).encode(), 0o644)
+    return buffer.getvalue()
+
+
+def _agent_orders(job: TrainingJob) -> dict[str, object]:
+    if job.script:
+        command = [job.script]
+    elif job.module:
+        command = ["-m", job.module]
+    else:
+        command = list(job.command)
+    return {
+        "python": not job.command,
+        "command": [*command, *job.args],
+        "env": job.env,
+        "notice_poll_seconds": job.notice_poll_seconds,
+    }
+
+
+def _code_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    ignore_file = folder / IGNORE_FILE
+    patterns = [*ALWAYS_IGNORED]
+    if ignore_file.is_file():
+        patterns += [line.strip().rstrip("/") for line in ignore_file.read_text().splitlines() if line.strip()]
+    total = 0
+    for parent, folders, names in os.walk(folder):
+        relative = Path(parent).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not _ignored(relative / name, patterns))
+        for name in sorted(names):
+            path = Path(parent, name)
+            if _ignored(relative / name, patterns) or not path.is_file():
+                continue
+            total += path.stat().st_size
+            if total > MAX_CODE_BYTES:
+                raise ConfigError(
+                    f"code: {folder} holds more than {MAX_CODE_BYTES >> 20} MiB; name a smaller folder, "
+                    f"or list what the program does not need in {IGNORE_FILE}"
+                )
+            yield path, (relative / name).as_posix()
+
+
+def _ignored(relative: Path, patterns: list[str]) -> bool:
+    name = relative.name
+    return name.startswith(".") or any(
+        fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(relative.as_posix(), pattern) for pattern in patterns
+    )
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), mode
+    archive.addfile(info, io.BytesIO(data))

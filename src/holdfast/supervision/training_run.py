@@ -1,0 +1,441 @@
+"""One run of a training job, from its first reservation to the proof that no machine is left.
+
+Everything it knows is in the journal; whoever opens the run again goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+from holdfast.checkpoint.policy import CheckpointPolicy
+from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer
+from holdfast.errors import (
+    AlreadyExistsError,
+    CapacityError,
+    ConfigError,
+    OverBudgetError,
+    QuotaError,
+    RunTakenError,
+    TransientError,
+)
+from holdfast.ledger.billing import bill, round_usd
+from holdfast.ledger.budget import Budget, BudgetLedger
+from holdfast.ledger.journal import Entry, Journal
+from holdfast.ledger.run_state import Attempt, RunState, read_run_state
+from holdfast.model import TrainingJob, parse_interval
+from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, decide
+from holdfast.runtime import contract
+from holdfast.runtime.startup import SHUTDOWN_SCRIPT, startup_script
+from holdfast.storage import ObjectStore
+from holdfast.supervision.bundle import Bundle, upload_bundle
+from holdfast.supervision.keepalive import Keepalive
+from holdfast.supervision.ownership import Ownership
+from holdfast.supervision.preflight import check_job, check_store, fitting_offers
+from holdfast.supervision.updates import Update
+from holdfast.supervision.watch import Ending, watch_attempt
+
+log = logging.getLogger(__name__)
+
+SETTLE_WALL_SECONDS = 300.0
+FIRST_GUESS_RESTART_SECONDS = 120.0
+FIRST_GUESS_SAVE_SECONDS = 1.0
+RUN_TAG = "holdfast-run"
+IDENTITY = ("name", "script", "module", "command", "args", "env")
+"""What makes two jobs the same: the rest (resources, caps, intervals) may change between an end and a resume."""
+
+
+class TrainingRun:
+    """Made by `open_run`; a context manager that gives the run back, whatever happens."""
+
+    def __init__(
+        self, job: TrainingJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str, fits: list[Offer]
+    ) -> None:
+        self.job, self.driver, self.store, self.run_id = job, driver, store, run_id
+        self._fits = fits
+        self._budget = BudgetLedger(store, budget) if budget else None
+        self._journal = Journal(store, contract.journal_prefix(run_id))
+        self._owner = Ownership(store, run_id)
+        self._bundle: Bundle | None = None
+        self.keepalive = Keepalive(store, run_id, driver.clock, job.lease_seconds, self._owner)
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> TrainingRun:
+        self._owner.claim()
+        self._journal.read()
+        state = self.state
+        if state.state == "new":
+            self._append(
+                "run-started",
+                job=self.job.model_dump(mode="json"),
+                fingerprint=fingerprint(self.job),
+                clock_speed=self.driver.clock.speed,
+            )
+        elif self._owner.took_over:
+            self._append("taken-over", owner=self._owner.number)
+        if state.state in ("failed", "cancelled", "over-budget"):
+            self._append("reopened", after=state.state)
+        self.keepalive.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.keepalive.stop()
+        if not self.keepalive.taken:
+            self._owner.release()
+
+    @property
+    def state(self) -> RunState:
+        return read_run_state(self.run_id, self._journal)
+
+    def close(self, state: str, detail: str = "") -> None:
+        """Settle every machine of the run and write its last word. Doing it again changes nothing."""
+        self.settle()
+        if self.state.state == "running":
+            self._append("closed", state=state, detail=detail)
+
+    def cancel(self, why: str) -> None:
+        """End the open attempt's machine now and close the run as cancelled."""
+        if self.state.state == "running":
+            self._finish_open_attempt("cancelled", why)
+            self.close("cancelled", why)
+
+    def settle(self) -> None:
+        """Prove that no machine of the run lives. Raises TransientError when one does not go."""
+        self.keepalive.attempt = None
+        give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
+        while living := [machine for machine in self._machines() if machine.state != "terminated"]:
+            for machine in living:
+                self.driver.terminate(machine.id)
+            if time.monotonic() > give_up_at:
+                names = ", ".join(machine.id for machine in living)
+                raise TransientError(f"machines of run {self.run_id} do not end: {names}; reap_orphans goes on trying")
+            time.sleep(min(0.05, self.driver.poll_seconds))
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    def decide(self) -> Launch | GiveUp:
+        """Where to go next. Raises nothing: giving up is a decision too."""
+        state = self.state
+        return decide(
+            Situation(
+                now=self.driver.clock.now(),
+                offers=fitting_offers(self.job.resources, self.driver.offers()),
+                attempts=[past_attempt(attempt, self.job) for attempt in state.attempts if attempt.outcome],
+                provisioning=self.job.provisioning,
+                failed_spot_attempts_to_fall_back=self.job.fallback.after_failed_spot_attempts,
+                max_attempts=self.job.max_attempts,
+                restart_seconds=FIRST_GUESS_RESTART_SECONDS,
+                save_seconds=FIRST_GUESS_SAVE_SECONDS,
+            )
+        )
+
+    def reserve(self, launch: Launch) -> Attempt:
+        """Set the worst case aside and give the attempt its number, before any machine is asked for.
+
+        Raises OverBudgetError when the caps leave no room.
+        """
+        state = self.state
+        if state.open_attempt:
+            return state.open_attempt
+        hours_left = self.job.max_run_hours - state.billed_seconds / 3600
+        if hours_left <= 0:
+            raise OverBudgetError(f"the run has used its max_run_hours of {self.job.max_run_hours:g}; raise it to go on")
+        usd = round_usd(launch.offer.on_demand_usd_per_hour * hours_left)
+        number = len(state.attempts) + 1
+        if self._budget:
+            self._budget.reserve(self._token(number), usd, self.driver.clock.now())
+        if launch.fell_back:
+            self._append("fallback", reason=launch.reason)
+        self._append(
+            "reserved",
+            attempt=number,
+            pool=dataclasses.asdict(launch.offer.pool),
+            usd_per_hour=launch.offer.usd_per_hour,
+            on_demand_usd_per_hour=launch.offer.on_demand_usd_per_hour,
+            interruptions_per_hour=launch.offer.interruptions_per_hour,
+            usd_reserved=usd,
+            reason=launch.reason,
+        )
+        return self.state.attempts[-1]
+
+    def launch(self) -> Machine:
+        """Ask for the reserved attempt's machine, or adopt it if it was launched before a crash.
+
+        Raises CapacityError, QuotaError (the attempt has ended then), ConfigError, TransientError.
+        """
+        attempt = self.state.open_attempt
+        assert attempt, "reserve() comes first"
+        self.keepalive.attempt = attempt.number
+        self.keepalive.renew()
+        request = self._launch_request(attempt)
+        try:
+            machine = self.driver.launch(request)
+        except CapacityError as error:
+            self._record_end(attempt, Ending(outcome="no-capacity", detail=str(error)))
+            raise
+        except QuotaError as error:
+            self._record_end(attempt, Ending(outcome="quota", detail=str(error)))
+            raise
+        except ConfigError as error:
+            self._record_end(attempt, Ending(outcome="program-failed", detail=f"the launch was refused: {error}"))
+            raise
+        if not attempt.machine:
+            self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
+        return machine
+
+    def supervise(self) -> Iterator[Update]:
+        """Watch the open attempt to its end, which is in the journal when the iterator is exhausted."""
+        attempt = self.state.open_attempt
+        assert attempt and attempt.machine, "launch() comes first"
+        ending: Ending | None = None
+        for told in watch_attempt(self, attempt):
+            if isinstance(told, Ending):
+                ending = told
+            else:
+                yield told
+        assert ending, "a watch ends with an ending"
+        self._record_end(attempt, ending)
+        yield self._told_end(self.state.attempts[-1])
+
+    def ended_update(self) -> Update:
+        """The last attempt's end, for whoever was not watching."""
+        return self._told_end(self.state.attempts[-1])
+
+    def warn(self, text: str) -> bool:
+        """Put a warning into the journal once; True when it is new."""
+        if text in self.state.warnings:
+            return False
+        self._append("warned", text=text)
+        return True
+
+    def usd_so_far(self, attempt: Attempt) -> float:
+        """What the run has cost by now, the living machine included."""
+        if attempt.launched_at is None:
+            return self.state.usd_total
+        now = self.driver.clock.now()
+        prices = self.driver.price_history(attempt.pool, attempt.launched_at, now)
+        running = bill(attempt.launched_at, now, prices, self.driver.billing, preempted=False)
+        return self.state.usd_total + running.usd
+
+    # -- the journal --------------------------------------------------------------------------------------------------
+
+    def _append(self, kind: str, **fields: Any) -> Entry:
+        try:
+            return self._journal.append(kind, self.driver.clock.now(), **fields)
+        except AlreadyExistsError as error:
+            raise RunTakenError(f"run {self.run_id!r} was taken over by another process while this one slept") from error
+
+    def _record_end(self, attempt: Attempt, ending: Ending) -> None:
+        """Bill the machine and write the attempt's end. Every second is charged here and nowhere else."""
+        machine = ending.machine
+        seconds = usd = 0.0
+        if machine and machine.terminated_at:
+            prices = self.driver.price_history(attempt.pool, machine.launched_at, machine.terminated_at)
+            preempted = machine.reason == "preempted"
+            charged = bill(machine.launched_at, machine.terminated_at, prices, self.driver.billing, preempted)
+            seconds, usd = charged.seconds, charged.usd
+        self._append(
+            "ended",
+            attempt=attempt.number,
+            outcome=ending.outcome,
+            detail=ending.detail,
+            terminated_at=_iso(machine.terminated_at) if machine and machine.terminated_at else None,
+            billed_seconds=seconds,
+            usd=usd,
+            resumed_step=ending.resumed_step,
+            last_step=ending.last_step,
+            committed_step=ending.committed_step,
+            report=ending.report,
+        )
+        self.keepalive.attempt = None
+        if self._budget:
+            self._budget.settle(self._token(attempt.number), usd, self.driver.clock.now())
+
+    def _finish_open_attempt(self, outcome: contract.Outcome, why: str) -> None:
+        attempt = self.state.open_attempt
+        if attempt is None:
+            return
+        if not attempt.machine and not any(self._machines(attempt.number)):
+            self._record_end(attempt, Ending(outcome=outcome, detail=why))
+            return
+        if not attempt.machine:  # the crash came between the launch and its record
+            machine = self._machines(attempt.number)[0]
+            self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
+            attempt = self.state.attempts[-1]
+        self.driver.terminate(attempt.machine)
+        for told in watch_attempt(self, attempt, asked_to_end=outcome):
+            if isinstance(told, Ending):
+                self._record_end(attempt, dataclasses.replace(told, detail=told.detail or why))
+
+    def _told_end(self, attempt: Attempt) -> Update:
+        kind = "preempted" if attempt.outcome in ("preempted", "lost") else "ended"
+        if attempt.outcome in ("no-capacity", "quota"):
+            kind = "refused"
+        lost = f", {attempt.lost_steps} steps to do again" if attempt.lost_steps else ""
+        words = {
+            "preempted": f"preempted after step {attempt.last_step or 0}{lost}",
+            "lost": f"machine lost after step {attempt.last_step or 0}{lost}",
+            "no-capacity": f"refused: {attempt.detail}",
+            "quota": f"refused: {attempt.detail}",
+            "finished": f"finished at step {attempt.last_step or attempt.committed_step or 0}",
+        }
+        text = words.get(attempt.outcome or "", f"{attempt.outcome}: {attempt.detail}".rstrip(": "))
+        assert attempt.outcome
+        return Update(
+            kind=kind,
+            at=attempt.detected_at or self.driver.clock.now(),
+            attempt=attempt.number,
+            text=text,
+            fields={
+                "outcome": attempt.outcome,
+                "machine": attempt.machine,
+                "pool": str(attempt.pool),
+                "step": attempt.last_step,
+                "committed_step": attempt.committed_step,
+                "lost_steps": attempt.lost_steps,
+                "usd": self.state.usd_total,
+            },
+        )
+
+    # -- the cloud ----------------------------------------------------------------------------------------------------
+
+    def _machines(self, attempt: int | None = None) -> list[Machine]:
+        tags = {RUN_TAG: self.run_id}
+        if attempt is not None:
+            tags["holdfast-attempt"] = str(attempt)
+        return list(self.driver.machines(tags))
+
+    def _token(self, attempt: int) -> str:
+        return f"{self.run_id}-{attempt:04d}"
+
+    def _launch_request(self, attempt: Attempt) -> LaunchRequest:
+        if self._bundle is None:
+            self._bundle = upload_bundle(self.job, self.store, self.run_id)
+        environment = {
+            contract.STORE: self.store.url,
+            contract.RUN: self.run_id,
+            contract.ATTEMPT: str(attempt.number),
+            contract.BUNDLE: self._bundle.url,
+            contract.BUNDLE_SHA256: self._bundle.sha256,
+            contract.CHECKPOINT_POLICY: self._checkpoint_policy(attempt).to_json(),
+        }
+        return LaunchRequest(
+            token=self._token(attempt.number),
+            pool=attempt.pool,
+            tags={
+                RUN_TAG: self.run_id,
+                "holdfast-attempt": str(attempt.number),
+                "holdfast-job": self.job.name,
+                "holdfast-store": self.store.url,
+            },
+            environment=environment,
+            startup_script=startup_script(environment),
+            shutdown_script=SHUTDOWN_SCRIPT,
+            max_run_seconds=self.job.max_run_hours * 3600,
+        )
+
+    def _checkpoint_policy(self, attempt: Attempt) -> CheckpointPolicy:
+        unit, number = parse_interval(self.job.checkpointing.every)
+        rates = [offer.interruptions_per_hour for offer in self._fits if offer.pool == attempt.pool]
+        rate = rates[0] if rates else 0.0
+        return CheckpointPolicy(
+            every_steps=int(number) if unit == "steps" else None,
+            every_seconds=number if unit == "seconds" else None,
+            max_to_keep=self.job.checkpointing.max_to_keep,
+            mean_seconds_between_preemptions=3600 / rate if rate else None,
+        )
+
+
+def open_run(
+    job: TrainingJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
+) -> TrainingRun:
+    """Check everything that can be wrong, then return the run, to be entered. Nothing is launched or written before.
+
+    Raises ConfigError with every problem in one message; entering raises RunTakenError when another process has it.
+    """
+    run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
+    check_store(store)
+    offers = check_job(job, driver)
+    run = TrainingRun(job, driver, store, budget, run_id, offers)
+    state = read_run_state(run_id, run._journal.read())
+    if state.state == "new":
+        _refuse_what_others_left(store, run_id)
+        _refuse_small_budget(run, budget)
+    elif state.fingerprint != fingerprint(job):
+        raise ConfigError(_difference(state.job, job, run_id))
+    return run
+
+
+def fingerprint(job: TrainingJob) -> str:
+    identity = job.model_dump(mode="json", include=set(IDENTITY))
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def past_attempt(attempt: Attempt, job: TrainingJob) -> PastAttempt:
+    assert attempt.outcome and attempt.detected_at
+    return PastAttempt(
+        offer_zone=attempt.pool.zone,
+        instance_type=attempt.pool.instance_type,
+        provisioning_model=attempt.pool.provisioning_model,
+        outcome=attempt.outcome,
+        ended_at=attempt.detected_at,
+        made_progress=_made_progress(attempt, job),
+    )
+
+
+def _made_progress(attempt: Attempt, job: TrainingJob) -> bool:
+    """Did the attempt commit enough for its end not to count as a failure?"""
+    new = attempt.new_committed_steps
+    if job.fallback.progress_to_reset is not None:
+        return new >= job.fallback.progress_to_reset
+    unit, number = parse_interval(job.checkpointing.every)
+    if unit == "steps":
+        return new > 0 and new >= number / 2
+    if unit == "seconds" and attempt.step_seconds is not None:
+        return new > 0 and new * attempt.step_seconds >= number / 2
+    return new > 0
+
+
+def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
+    if store.list(contract.checkpoint_prefix(run_id)):
+        raise ConfigError(
+            f"store: {store.url!r} holds checkpoints under run id {run_id!r} that no journal explains: they are another "
+            "job's; use another run_id, or another store"
+        )
+
+
+def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
+    decision = run.decide()
+    if budget is None or isinstance(decision, GiveUp):
+        return
+    worst = decision.offer.on_demand_usd_per_hour * run.job.max_run_hours
+    left = budget.max_usd - BudgetLedger(run.store, budget).standing().committed_usd
+    if worst > left + 1e-9:
+        raise ConfigError(
+            f"budget {budget.name!r}: ${left:.2f} is left of max_usd {budget.max_usd:.2f}, but the first attempt may cost "
+            f"${worst:.2f} ({run.job.max_run_hours:g} h at ${decision.offer.on_demand_usd_per_hour:.3f}/h, the on-demand "
+            "price); raise max_usd, or lower the job's max_run_hours"
+        )
+
+
+def _difference(before: dict[str, Any], job: TrainingJob, run_id: str) -> str:
+    now = job.model_dump(mode="json")
+    for field in IDENTITY:
+        if before.get(field) != now[field]:
+            return (
+                f"run_id {run_id!r} belongs to another job: its {field} is {before.get(field)!r}, this one's is "
+                f"{now[field]!r}; use another run_id, or another store"
+            )
+    return f"run_id {run_id!r} belongs to another job; use another"
+
+
+def _iso(at: datetime) -> str:
+    return at.isoformat()

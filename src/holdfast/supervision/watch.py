@@ -1,0 +1,262 @@
+"""Watch one machine to its end, through the store and the cloud's own word: no connection into it is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from holdfast.drivers.protocol import Machine
+from holdfast.errors import NotFoundError, RunTakenError, TransientError
+from holdfast.ledger.run_state import Attempt
+from holdfast.runtime.contract import Outcome, attempt_prefix, checkpoint_prefix
+from holdfast.supervision.updates import Update
+
+if TYPE_CHECKING:
+    from holdfast.supervision.training_run import TrainingRun
+
+BOOT_SECONDS = 900.0
+SILENT_SECONDS = 600.0
+"""A machine that runs but is not heard of for so long is lost (cloud seconds, and never under a minute of the wall)."""
+POWER_OFF_SECONDS = 120.0
+STOP_GRACE_SECONDS = 120.0
+NO_CHECKPOINT_SECONDS = 300.0
+LAST_STEP = re.compile(r"^holdfast: step (\d+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    outcome: Outcome
+    detail: str = ""
+    machine: Machine | None = None
+    resumed_step: int | None = None
+    last_step: int | None = None
+    committed_step: int | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def watch_attempt(run: TrainingRun, attempt: Attempt, asked_to_end: Outcome | None = None) -> Iterator[Update | Ending]:
+    """Updates as they come, then one Ending, when the machine is proven terminated.
+
+    `asked_to_end`: the machine was told to go; whatever it says, this is why the attempt ended.
+    """
+    return _Watch(run, attempt, asked_to_end).updates()
+
+
+class _Watch:
+    def __init__(self, run: TrainingRun, attempt: Attempt, asked_to_end: Outcome | None) -> None:
+        self.run, self.attempt, self.asked_to_end = run, attempt, asked_to_end
+        self.clock = run.driver.clock
+        self.prefix = attempt_prefix(run.run_id, attempt.number)
+        self.report: dict[str, Any] = {}
+        self.told_events = 0
+        self.told_progress: Any = None
+        self.heard_at = self.clock.now()
+        self.heard_wall = time.monotonic()
+        self.asked_at: datetime | None = None
+        self.why_asked = ""
+        self.ended_at: datetime | None = None
+        self.detail = ""
+
+    def updates(self) -> Iterator[Update | Ending]:
+        while True:
+            if self.run.keepalive.taken:
+                raise RunTakenError(f"run {self.run.run_id!r} was taken over by another process")
+            try:
+                machine = self._machine()
+                yield from self._news()
+                if machine and machine.state == "terminated":
+                    yield from self._news()  # what it stored between our two looks
+                    yield self._ending(machine)
+                    return
+                yield from self._act(machine)
+            except TransientError as error:
+                if self.run.warn(f"attempt {self.attempt.number}: supervision went on after errors of store or cloud"):
+                    yield self._update("warned", f"{error}; going on")
+            time.sleep(self.run.driver.poll_seconds)
+
+    def _machine(self) -> Machine | None:
+        tags = {"holdfast-run": self.run.run_id, "holdfast-attempt": str(self.attempt.number)}
+        for machine in self.run.driver.machines(tags):
+            if machine.id == self.attempt.machine:
+                return machine
+        return None
+
+    # -- what the machine says ----------------------------------------------------------------------------------------
+
+    def _news(self) -> Iterator[Update]:
+        try:
+            report = json.loads(self.run.store.get(self.prefix + "heartbeat.json"))
+        except NotFoundError:
+            return
+        if report["at"] == self.report.get("at"):
+            return
+        self.report, self.heard_at, self.heard_wall = report, self.clock.now(), time.monotonic()
+        for event in report["events"]:
+            if event["number"] > self.told_events:
+                self.told_events = event["number"]
+                yield from self._tell(event)
+        progress = (report["step"], report["phase"])
+        if progress != self.told_progress:
+            self.told_progress = progress
+            yield self._update("progress", f"step {report['step'] or 0}")
+
+    def _tell(self, event: dict[str, Any]) -> Iterator[Update]:
+        match event["kind"]:
+            case "resumed" if event["step"]:
+                yield self._update("resumed", f"resumed from step {event['step']}", event)
+            case "committed":
+                yield self._update("committed", f"committed at step {event['step']}", event)
+            case "notice":
+                seconds = "no time given"
+                if event.get("reclaim_at"):
+                    left = datetime.fromisoformat(event["reclaim_at"]) - datetime.fromisoformat(event["at"])
+                    seconds = f"{left.total_seconds():.0f} s left"
+                yield self._update("notice", f"notice ({event['notice_kind']}): {seconds}", event)
+            case "damaged":
+                text = f"checkpoint {event['checkpoint']} is damaged ({event['error']}); the one before is used"
+                if self.run.warn(text):
+                    yield self._update("warned", text, event)
+            case "commit-failed":
+                self.run.warn(f"attempt {self.attempt.number}: commits failed, last with: {event['error']}")
+                yield self._update("warned", f"commit at step {event['step']} failed: {event['error']}", event)
+
+    # -- what is to be done about it ----------------------------------------------------------------------------------
+
+    def _act(self, machine: Machine | None) -> Iterator[Update]:
+        now = self.clock.now()
+        if machine is None:
+            # A cloud may take a while to show a new machine; one that stays away was never there, or is long gone.
+            self._end_if_silent("the cloud does not show the machine", SILENT_SECONDS)
+            return
+        if self._stored_end() is not None:
+            self.ended_at = self.ended_at or now
+            if now - self.ended_at > timedelta(seconds=POWER_OFF_SECONDS):
+                self.run.driver.terminate(machine.id)  # its work is done, but it did not power itself off
+        elif self.asked_at:
+            if now - self.asked_at > timedelta(seconds=2 * STOP_GRACE_SECONDS):
+                self.run.driver.terminate(machine.id)
+        else:
+            self._end_if_silent("the machine was not heard of", SILENT_SECONDS if self.report else BOOT_SECONDS)
+            yield from self._enforce_limits(machine, now)
+        yield from self._notice_missing_checkpoints(now)
+
+    def _end_if_silent(self, what: str, seconds: float) -> None:
+        silent = (self.clock.now() - self.heard_at).total_seconds()
+        if silent > seconds and time.monotonic() - self.heard_wall > 60:
+            self.detail = f"{what} for {silent:.0f} s"
+            self.asked_to_end = self.asked_to_end or "lost"
+            self.run.driver.terminate(self.attempt.machine)
+
+    def _enforce_limits(self, machine: Machine, now: datetime) -> Iterator[Update]:
+        job, state = self.run.job, self.run.state
+        running = (now - machine.launched_at).total_seconds()
+        if self.asked_to_end:
+            return
+        if state.billed_seconds + running >= job.max_run_hours * 3600 - STOP_GRACE_SECONDS:
+            yield self._ask("over-budget", f"the run's max_run_hours of {job.max_run_hours:g} are used up")
+        back = job.fallback.return_to_spot_after_seconds
+        on_demand = self.attempt.pool.provisioning_model == "on-demand"
+        if back and on_demand and job.provisioning != "on-demand" and running >= back and self.report.get("commits"):
+            yield self._ask("moved", f"back to spot after {running:.0f} s on demand")
+
+    def _ask(self, outcome: Outcome, why: str) -> Update:
+        """The machine is asked, through its lease, to commit and to end itself."""
+        self.asked_to_end, self.detail, self.asked_at = outcome, why, self.clock.now()
+        self.run.keepalive.ask_to_stop(outcome, STOP_GRACE_SECONDS)
+        return self._update("warned", why)
+
+    def _notice_missing_checkpoints(self, now: datetime) -> Iterator[Update]:
+        started = self.report.get("marks", {}).get("program-started")
+        if not started or self.report.get("commits") or self.report.get("resumed_step"):
+            return
+        if now - datetime.fromisoformat(started) > timedelta(seconds=NO_CHECKPOINT_SECONDS) and self.run.warn(
+            NEVER_CHECKPOINTED
+        ):
+            yield self._update("warned", NEVER_CHECKPOINTED)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _ending(self, machine: Machine) -> Ending:
+        stored = self._stored_end()
+        report = (stored or {}).get("report") or self.report
+        console = self.run.driver.console(machine.id)
+        outcome, detail = self._outcome(machine, stored, console)
+        if not self._committed_step() and not report.get("commits") and outcome in ("finished", "preempted", "lost"):
+            self.run.warn(NEVER_CHECKPOINTED)
+        steps = [int(step) for step in LAST_STEP.findall(console)]
+        resumed = report.get("resumed_step")
+        last = max([*steps[-1:], report.get("step") or 0, resumed or 0]) if resumed is not None else None
+        kept = ("marks", "totals", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures")
+        return Ending(
+            outcome=outcome,
+            detail=detail,
+            machine=machine,
+            resumed_step=resumed if resumed is not None else (0 if steps else None),
+            last_step=last if last is not None else (steps[-1] if steps else None),
+            committed_step=self._committed_step(),
+            report={name: report[name] for name in kept if name in report},
+        )
+
+    def _outcome(self, machine: Machine, stored: dict[str, Any] | None, console: str) -> tuple[Outcome, str]:
+        said: Outcome | None = stored["outcome"] if stored else None
+        if said == "finished":
+            return "finished", ""
+        if said == "program-failed":
+            lines = (stored or {}).get("log_tail", "")
+            return "program-failed", f"the program ended with status {(stored or {}).get('exit_status')}:\n{lines}"
+        if self.asked_to_end:
+            return self.asked_to_end, self.detail
+        if machine.reason == "preempted":
+            return "preempted", machine.detail
+        if said == "preempted":
+            kind = ((stored or {}).get("report", {}).get("notice") or {}).get("kind")
+            if kind == "lease":
+                return "lost", "the machine ended itself: nobody had renewed its lease"
+            return "preempted", machine.detail
+        if said:
+            return said, (stored or {}).get("detail", "")
+        if machine.reason == "ended-itself" and not self.report:
+            tail = "\n".join(console.splitlines()[-50:])
+            return "program-failed", f"the machine never reached the program; its console says:\n{tail}"
+        return "lost", machine.detail or f"the machine is gone: {machine.reason or 'no reason given'}"
+
+    def _stored_end(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.run.store.get(self.prefix + "end.json"))
+        except NotFoundError:
+            return None
+
+    def _committed_step(self) -> int | None:
+        prefix = f"{checkpoint_prefix(self.run.run_id)}{self.attempt.number:04d}-"
+        keys = [info.key for info in self.run.store.list(prefix) if info.key.endswith("/manifest.json")]
+        return max((int(key.removeprefix(prefix).partition("/")[0]) for key in keys), default=None)
+
+    def _update(self, kind: Any, text: str, event: dict[str, Any] | None = None) -> Update:
+        report = self.report
+        return Update(
+            kind=kind,
+            at=datetime.fromisoformat(event["at"]) if event else self.clock.now(),
+            attempt=self.attempt.number,
+            text=text,
+            fields={
+                "phase": report.get("phase"),
+                "step": (event or {}).get("step", report.get("step")),
+                "total_steps": report.get("total_steps"),
+                "metrics": report.get("metrics"),
+                "committed_step": report.get("committed_step"),
+                "machine": self.attempt.machine,
+                "pool": str(self.attempt.pool),
+                "usd": self.run.usd_so_far(self.attempt),
+            },
+        )
+
+
+NEVER_CHECKPOINTED = (
+    "the program has committed no checkpoint: a preemption would lose everything. Wrap its loop in holdfast.attach, or "
+    "write folders to $HOLDFAST_CHECKPOINT_DIRECTORY"
+)

@@ -1,0 +1,11 @@
+"""What is configured once and saved in Prefect: accounts, stores, budgets.
+
+`prefect block register -m blocks` shows their forms in the UI. A name that nobody has saved and that has a built-in
+meaning (`local`) needs no block at all.
+"""
+
+from blocks.accounts import LocalAccount, load_account
+from blocks.budget import SpendingBudget, load_budget
+from blocks.store import CheckpointStore, load_store
+
+__all__ = ["CheckpointStore", "LocalAccount", "SpendingBudget", "load_account", "load_budget", "load_store"]

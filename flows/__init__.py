@@ -1,0 +1,1 @@
+"""The stories: each flow reads as the README tells it."""

@@ -22,6 +22,7 @@ def startup_script(environment: Mapping[str, str]) -> str:
 
 
 SHUTDOWN_SCRIPT = """#!/bin/bash
-# GCP runs this when the machine is told to stop. The agent turns SIGTERM into a notice.
-pkill -TERM -f -- '-m holdfast[.]runtime' || true
+# GCP runs this when the machine is told to stop, from the folder that the start-up script was run from.
+# The agent turns SIGTERM into a notice.
+kill -TERM "$(cat "${HOLDFAST_WORK:-$PWD}/work/agent.pid")"
 """

@@ -414,7 +414,9 @@ def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
 
 def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
     decision = run.decide()
-    if budget is None or isinstance(decision, GiveUp):
+    if isinstance(decision, GiveUp):
+        raise ConfigError(f"resources: {decision.reason}")
+    if budget is None:
         return
     worst = decision.offer.on_demand_usd_per_hour * run.job.max_run_hours
     left = budget.max_usd - BudgetLedger(run.store, budget).standing().committed_usd

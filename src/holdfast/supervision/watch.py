@@ -186,19 +186,22 @@ class _Watch:
         report = (stored or {}).get("report") or self.report
         console = self.run.driver.console(machine.id)
         outcome, detail = self._outcome(machine, stored, console)
-        if not self._committed_step() and not report.get("commits") and outcome in ("finished", "preempted", "lost"):
+        if self._committed_step() is None and not report.get("commits") and outcome in ("finished", "preempted", "lost"):
             self.run.warn(NEVER_CHECKPOINTED)
         steps = [int(step) for step in LAST_STEP.findall(console)]
+        committed = self._committed_step()
         resumed = report.get("resumed_step")
-        last = max([*steps[-1:], report.get("step") or 0, resumed or 0]) if resumed is not None else None
+        if resumed is None and (steps or committed is not None):
+            resumed = 0
+        last = None if resumed is None else max([*steps[-1:], report.get("step") or 0, resumed, committed or 0])
         kept = ("marks", "totals", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures")
         return Ending(
             outcome=outcome,
             detail=detail,
             machine=machine,
-            resumed_step=resumed if resumed is not None else (0 if steps else None),
-            last_step=last if last is not None else (steps[-1] if steps else None),
-            committed_step=self._committed_step(),
+            resumed_step=resumed,
+            last_step=last,
+            committed_step=committed,
             report={name: report[name] for name in kept if name in report},
         )
 

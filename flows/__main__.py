@@ -1,0 +1,147 @@
+"""Holdfast's command line: `python -m flows --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.display import DISPLAY_VARIABLE
+from flows.server import QUIET, prefect_server
+from holdfast.errors import ConfigError, HoldfastError
+from holdfast.model import load_job
+
+UI_PORT = 4200
+DEMO_JOB = Path("examples/demo.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: done. 1: the run failed, or the rehearsal's verdict is bad. 2: refused before anything was launched."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault(DISPLAY_VARIABLE, "1")
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    except HoldfastError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the machines are terminated, the run can be taken up again by its run id", file=sys.stderr)
+        return 130
+
+
+def train_command(options: argparse.Namespace) -> int:
+    job = load_job(options.job)
+    with prefect_server():
+        from flows.train import train
+
+        summary = train(
+            job,
+            account=options.account,
+            store=options.store,
+            budget=options.budget,
+            run_id=options.run_id,
+            notify=options.notify,
+        )
+        _show(summary)
+    return 0
+
+
+def demo_command(options: argparse.Namespace) -> int:
+    print("Starting a Prefect server on loopback; then one training run on the local cloud, whose market takes its")
+    print("machine away again and again. Its clock runs fast: seconds and dollars are the cloud's.\n", flush=True)
+    job = load_job(options.job)
+    with prefect_server():
+        from blocks.accounts import LocalAccount
+        from flows.demo import DEMO_ACCOUNT, demo_account
+        from flows.train import train
+
+        LocalAccount.register_type_and_schema()
+        demo_account(options.seed).save(DEMO_ACCOUNT, overwrite=True)
+        summary = train(job, account=DEMO_ACCOUNT)
+        _show(summary)
+    return 0
+
+
+def rehearse_command(options: argparse.Namespace) -> int:
+    job = load_job(options.job)
+    with prefect_server():
+        from flows.rehearse import rehearse
+
+        verdict = rehearse(job, preemptions=options.preemptions)
+        print(verdict["markdown"])
+    return 0 if verdict["passed"] else 1
+
+
+def reap_command(options: argparse.Namespace) -> int:
+    with prefect_server():
+        from flows.reap_orphans import reap_orphans
+
+        print(f"{reap_orphans(options.account, options.store)} orphaned machines terminated")
+    return 0
+
+
+def ui_command(options: argparse.Namespace) -> int:
+    os.environ.pop("PREFECT_API_URL", None)
+    with prefect_server(options.port) as url:
+        print(f"The Prefect UI with the last runs: {url}/runs    (Ctrl-C stops it)", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    folder = Path(".holdfast/runs") / summary["run_id"]
+    Console(width=None if sys.stdout.isatty() else 120).print(Markdown((folder / "summary.md").read_text()))
+    print(f"\nThe run's folder:  {folder}  (summary.json, journal, logs, checkpoints)")
+    print(f"The timeline:      {folder / 'timeline.png'}")
+    print("The Prefect UI:    make ui")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flows", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a job to its end, on spot machines")
+    train.add_argument("job", type=Path, help="YAML file of a TrainingJob")
+    train.add_argument("--budget", help="name of a spending-budget block")
+    train.add_argument("--run-id", help="go on with the run of that name, or give a new one this name")
+    train.add_argument("--notify", help="notification block, as type/name")
+    train.set_defaults(command=train_command)
+
+    rehearse = commands.add_parser("rehearse", help="run a job on the local cloud with preemptions, and judge it")
+    rehearse.add_argument("job", type=Path, help="YAML file of a TrainingJob")
+    rehearse.add_argument("--preemptions", type=int, default=3, help="how many, of all kinds in turn (default 3)")
+    rehearse.set_defaults(command=rehearse_command)
+
+    reap = commands.add_parser("reap", help="terminate machines that no live run owns")
+    reap.set_defaults(command=reap_command)
+    for command in (train, reap):
+        command.add_argument("--account", default="local", help="name of an account block (default: the local cloud)")
+        command.add_argument("--store", default="local", help="name of a checkpoint-store block (default: .holdfast)")
+
+    demo = commands.add_parser("demo", help="the main job on the local cloud, preempted again and again")
+    demo.add_argument("--seed", type=int, default=1, help="seed of the demonstration's market (default 1)")
+    demo.add_argument("--job", type=Path, default=DEMO_JOB, help=argparse.SUPPRESS)
+    demo.set_defaults(command=demo_command)
+
+    ui = commands.add_parser("ui", help="the Prefect UI, with the last runs in it")
+    ui.add_argument("--port", type=int, default=UI_PORT, help=f"default {UI_PORT}")
+    ui.set_defaults(command=ui_command)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Train a job to its last step, however often its machine is taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from blocks import load_account, load_budget, load_store
+from flows.display import terminal_watchers
+from holdfast.errors import CapacityError, OverBudgetError, ProgramFailedError, QuotaError, RunTakenError
+from holdfast.ledger.run_state import Attempt
+from holdfast.ledger.summary import headline
+from holdfast.model import TrainingJob
+from holdfast.placement.policy import GiveUp
+from holdfast.supervision.training_run import TrainingRun, open_run
+from holdfast.supervision.updates import Update
+from tasks.costs import load_notification, publish_summary
+from tasks.machines import launch_machine, settle_machines
+from tasks.placement import choose_pool, reserve
+from tasks.progress import PrefectWatcher, Watcher, watch_machine
+from tasks.retrying import only_preemption, raise_unless_finished
+
+
+@flow(name="train", flow_run_name="train-{job.name}")
+def train(
+    job: TrainingJob,
+    account: str = "local",
+    store: str = "local",
+    budget: str | None = None,
+    run_id: str | None = None,
+    notify: str | None = None,
+) -> dict[str, Any]:
+    """Train a job on spot machines; fall back to on-demand when spot fails; end with a cost summary that adds up.
+
+    Args:
+        job: What to train, and within which limits.
+        account: Name of the account block that machines come from. `local` is the cloud in a box.
+        store: Name of the checkpoint-store block. `local` is the folder .holdfast.
+        budget: Name of the spending-budget block that caps the cost; none: only the job's own max_run_hours.
+        run_id: Name of the run. The same name again goes on with that run, from its journal. Empty: a new run.
+        notify: A notification block, as type/name, that gets the summary.
+    """
+    if notify:
+        load_notification(notify)
+    run = open_run(  # refuses everything that can be known to be wrong; nothing is launched before it returns
+        job,
+        load_account(account).driver(),
+        load_store(store).store(),
+        load_budget(budget) if budget else None,
+        run_id or f"{job.name}-{str(flow_run.id)[:8]}",
+    )
+    summary = carry_out(run, notify)
+    print(headline(summary))
+    return summary
+
+
+def carry_out(run: TrainingRun, notify: str | None = None) -> dict[str, Any]:
+    """Train to the end, settle, publish: whatever happens, no machine is left and the summary is there."""
+    with run, terminal_watchers(run) as watchers:
+        try:
+            if run.state.state == "running":
+                watchers.append(PrefectWatcher(run.run_id, run.job.name))
+                train_to_the_end(run, watchers)
+                settle_machines(run)
+                run.close("finished")
+        except RunTakenError:
+            raise  # another process has the run, its machines and its summary
+        except OverBudgetError as error:
+            run.close("over-budget", str(error))
+            raise
+        except (ProgramFailedError, CapacityError, QuotaError) as error:
+            run.close("failed", str(error))
+            raise
+        except BaseException as error:  # cancelled, interrupted, broken: no machine outlives its flow
+            run.cancel(f"{type(error).__name__}: {error}".rstrip(": "))
+            raise
+        finally:
+            summary = {} if run.keepalive.taken else publish_summary(run, notify)
+    return summary
+
+
+def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:
+    """Attempts until one finishes. Preemption is retried by the task; a failing program has a budget of its own."""
+    for left in range(run.job.max_program_failures, -1, -1):
+        try:
+            one_attempt.with_options(retries=run.job.max_attempts)(run, watchers)
+            return
+        except ProgramFailedError:
+            if not left:
+                raise
+
+
+@task(name="attempts", retry_condition_fn=only_preemption, cache_policy=NO_CACHE)
+def one_attempt(run: TrainingRun, watchers: list[Watcher]) -> None:
+    """One machine: chosen, reserved, launched (or adopted after a crash), watched to its end."""
+    attempt = run.state.open_attempt
+    if attempt is None:
+        launch = choose_pool(run)
+        if isinstance(launch, GiveUp):
+            raise OverBudgetError(launch.reason)
+        attempt = reserve(run, launch)
+        tell(watchers, run, attempt, "fallback" if launch.fell_back else None, launch.reason)
+    try:
+        launch_machine(run)
+    except (CapacityError, QuotaError):
+        for watcher in watchers:
+            watcher(run.ended_update())
+        raise
+    attempt = run.state.attempts[-1]
+    tell(watchers, run, attempt, "launched", f"launched {attempt.machine} in {attempt.pool}")
+    pool = attempt.pool
+    watch_machine.with_options(
+        task_run_name=f"attempt-{attempt.number}-{pool.zone}-{pool.instance_type}-{pool.provisioning_model}",
+        tags=[pool.cloud, pool.provisioning_model],
+    )(run, attempt, watchers, return_state=True)
+    raise_unless_finished(run.state.attempts[-1])
+
+
+def tell(watchers: list[Watcher], run: TrainingRun, attempt: Attempt, kind: Any, text: str) -> None:
+    if kind is None:
+        return
+    fields = {"machine": attempt.machine, "pool": str(attempt.pool), "usd": run.state.usd_total, "phase": "starting"}
+    update = Update(kind=kind, at=run.driver.clock.now(), attempt=attempt.number, text=text, fields=fields)
+    for watcher in watchers:
+        watcher(update)

@@ -1,0 +1,58 @@
+"""A run's checkpoints and metrics, for whoever looks from outside. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.checkpoint.commits import CheckpointId, Checkpoints
+from holdfast.errors import HoldfastError
+from holdfast.runtime.contract import metrics_prefix
+from holdfast.storage import ObjectStore
+
+STATE, TREE = "state.safetensors", "tree.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    id: CheckpointId
+    size_bytes: int
+    metadata: dict[str, Any]
+    problem: str
+    """Empty when its manifest can be read."""
+
+
+def list_checkpoints(store: ObjectStore, run_id: str) -> list[CheckpointInfo]:
+    """Oldest first."""
+    checkpoints = Checkpoints(store, run_id)
+    found = []
+    for checkpoint in checkpoints.committed():
+        try:
+            manifest = checkpoints.manifest(checkpoint)
+            size = sum(entry["size_bytes"] for entry in manifest["objects"].values())
+            found.append(CheckpointInfo(checkpoint, size, manifest, ""))
+        except HoldfastError as error:
+            found.append(CheckpointInfo(checkpoint, 0, {}, str(error)))
+    return found
+
+
+def tensor_digest(store: ObjectStore, run_id: str) -> str | None:
+    """SHA-256 over the newest checkpoint's tensors (or files), names, shapes and types included; None without one."""
+    infos = [info for info in list_checkpoints(store, run_id) if not info.problem]
+    if not infos:
+        return None
+    objects = infos[-1].metadata["objects"]
+    parts = {name: entry["sha256"] for name, entry in sorted(objects.items()) if name != TREE}
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_metrics(store: ObjectStore, run_id: str) -> dict[int, dict[str, float]]:
+    """Step -> name -> value, of every committed step. A step that two attempts trained has the later one's."""
+    metrics: dict[int, dict[str, float]] = {}
+    for info in store.list(metrics_prefix(run_id)):  # in the order of (attempt, step)
+        for line in store.get(info.key).splitlines():
+            record = json.loads(line)
+            metrics[record["step"]] = record["metrics"]
+    return metrics

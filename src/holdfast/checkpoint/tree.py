@@ -1,0 +1,93 @@
+"""Training state as JSON and tensors. Nothing is pickled: what is neither is refused, by its path.
+
+JSON alone loses tuples, integer keys and the bits of floats, and optimizers have all three. So every value that JSON
+would change is wrapped in an object with one reserved key.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+from typing import Any
+
+from holdfast.errors import ConfigError, DamagedCheckpointError
+
+TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY = "$tensor", "$tuple", "$pairs", "$float", "$bytes", "$array"
+RESERVED = frozenset({TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY})
+
+
+def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], bool]) -> Any:
+    """`value` as JSON. `take_tensor(path, leaf)` keeps a leaf that is a tensor and says True, or says False.
+
+    Raises ConfigError naming the path and type of a leaf that can't be stored.
+    """
+    if value is None or isinstance(value, bool | str) or type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {FLOAT: repr(value)}
+    if isinstance(value, bytes):
+        return {BYTES: base64.b64encode(value).decode()}
+    if isinstance(value, list):
+        return [flatten(item, f"{path}.{index}", take_tensor) for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {TUPLE: [flatten(item, f"{path}.{index}", take_tensor) for index, item in enumerate(value)]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and not RESERVED & value.keys():
+            return {key: flatten(item, f"{path}.{key}", take_tensor) for key, item in value.items()}
+        pairs = []
+        for key, item in value.items():
+            if not isinstance(key, str | int | bool | float | tuple) and key is not None:
+                raise ConfigError(f"{path} has a key of type {type(key).__name__}, which a checkpoint can't hold")
+            pairs.append([flatten(key, f"{path}.<key>", take_tensor), flatten(item, f"{path}.{key}", take_tensor)])
+        return {PAIRS: pairs}
+    if take_tensor(path, value):
+        return {TENSOR: path}
+    if type(value).__module__ == "numpy":
+        return _flatten_numpy(value, path)
+    raise ConfigError(
+        f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint can't hold; keep numbers, "
+        "text, tensors, and lists, tuples and dicts of these"
+    )
+
+
+def unflatten(value: Any, tensor: Callable[[str], Any]) -> Any:
+    """The inverse of `flatten`; `tensor(path)` returns the tensor that was kept under this path."""
+    if isinstance(value, list):
+        return [unflatten(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (kind := next(iter(value))) in RESERVED:
+        content = value[kind]
+        match kind:
+            case "$tensor":
+                return tensor(content)
+            case "$tuple":
+                return tuple(unflatten(item, tensor) for item in content)
+            case "$pairs":
+                return {unflatten(key, tensor): unflatten(item, tensor) for key, item in content}
+            case "$float":
+                return float(content)
+            case "$bytes":
+                return base64.b64decode(content)
+            case "$array":
+                return _unflatten_numpy(content)
+    return {key: unflatten(item, tensor) for key, item in value.items()}
+
+
+def _flatten_numpy(value: Any, path: str) -> Any:
+    if value.dtype.hasobject:
+        raise ConfigError(f"{path} is a NumPy array of Python objects, which a checkpoint can't hold")
+    data = base64.b64encode(value.tobytes()).decode()
+    scalar = getattr(value, "ndim", 0) == 0 and not hasattr(value, "setflags")
+    return {ARRAY: {"dtype": value.dtype.str, "shape": list(value.shape), "scalar": scalar, "data": data}}
+
+
+def _unflatten_numpy(content: dict[str, Any]) -> Any:
+    import numpy
+
+    dtype = numpy.dtype(content["dtype"])
+    if dtype.hasobject:
+        raise DamagedCheckpointError("a NumPy array of Python objects is in no checkpoint of ours")
+    array = numpy.frombuffer(base64.b64decode(content["data"]), dtype=dtype).reshape(content["shape"]).copy()
+    return array[()] if content["scalar"] else array

@@ -1,0 +1,56 @@
+"""The files of one machine's folder, by which its host and every driver process understand each other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+MARK = "HOLDFAST_MACHINE_ID"  # in the environment of every process of a machine
+SPEC = "machine.json"  # written once, by the driver
+RUNNING = "host.json"  # written once, by the host, when the machine has started
+TERMINATE = "terminate"  # its existence asks the host for an orderly shutdown
+END = "end.json"  # written once, by whoever proved that nothing of the machine is left
+CONSOLE = "console.log"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> bool:
+    """Create the file in one step; False when it was there."""
+    staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    staged.write_text(json.dumps(content))
+    try:
+        os.link(staged, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink()
+
+
+def record_end(folder: Path, reason: str, at: datetime) -> None:
+    write_json(folder / END, {"reason": reason, "terminated_at": at.isoformat()})
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(path.read_text())
+    return None
+
+
+def identify(pid: int) -> dict[str, Any]:
+    """A process, such that another one under the same number is not taken for it."""
+    return {"pid": pid, "created_at": psutil.Process(pid).create_time()}
+
+
+def lives(process: dict[str, Any]) -> bool:
+    try:
+        found = psutil.Process(process["pid"])
+        return abs(found.create_time() - process["created_at"]) < 0.5 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

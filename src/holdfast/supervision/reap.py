@@ -1,0 +1,58 @@
+"""Machines that carry our tag and that no live run owns: the last of four nets."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+
+from holdfast.drivers.protocol import Driver, Machine
+from holdfast.errors import NotFoundError
+from holdfast.runtime.contract import lease_key
+from holdfast.storage import ObjectStore
+from holdfast.supervision.ownership import Ownership
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reaped:
+    machine: str
+    run_id: str
+    pool: str
+    why: str
+
+
+def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
+    """Terminate every machine of this store's runs whose run has no live owner and whose lease is over.
+
+    Machines of other stores are left alone: their leases can't be read from here.
+    """
+    reaped = []
+    for machine in driver.machines({"holdfast-store": store.url}):
+        if machine.state == "terminated":
+            continue
+        if why := _why_orphaned(machine, driver, store):
+            driver.terminate(machine.id)
+            log.warning("orphan terminated machine=%s why=%s", machine.id, why)
+            reaped.append(Reaped(machine=machine.id, run_id=_run_of(machine), pool=str(machine.pool), why=why))
+    return reaped
+
+
+def _why_orphaned(machine: Machine, driver: Driver, store: ObjectStore) -> str:
+    run_id = _run_of(machine)
+    if Ownership(store, run_id).has_live_owner():
+        return ""
+    try:
+        lease = json.loads(store.get(lease_key(run_id)))
+    except NotFoundError:
+        return "its run has no lease and no owner"
+    expires_at = datetime.fromisoformat(lease["expires_at"])
+    if driver.clock.now() < expires_at:
+        return ""  # the owner may be on its way back: the lease is what a dead one leaves its machine
+    return f"its run's lease ended at {expires_at.isoformat()} and nobody owns the run"
+
+
+def _run_of(machine: Machine) -> str:
+    return machine.tags.get("holdfast-run", "")

@@ -1,0 +1,21 @@
+"""Where the next attempt goes."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from holdfast.ledger.run_state import Attempt
+from holdfast.placement.policy import GiveUp, Launch
+from holdfast.supervision.training_run import TrainingRun
+from tasks.retrying import only_transient
+
+API_RETRIES = {"retries": 4, "retry_delay_seconds": [1, 5, 15, 45], "retry_condition_fn": only_transient}
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def choose_pool(run: TrainingRun) -> Launch | GiveUp:
+    return run.decide()
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def reserve(run: TrainingRun, launch: Launch) -> Attempt:
+    return run.reserve(launch)

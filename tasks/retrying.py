@@ -1,0 +1,46 @@
+"""What is worth another machine, and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.client.schemas.objects import State
+
+from holdfast.errors import (
+    CapacityError,
+    HoldfastError,
+    OverBudgetError,
+    PreemptedError,
+    ProgramFailedError,
+    QuotaError,
+    TransientError,
+)
+from holdfast.ledger.run_state import Attempt
+
+ERROR_OF_OUTCOME: dict[str, type[HoldfastError]] = {
+    "preempted": PreemptedError,
+    "lost": PreemptedError,
+    "moved": PreemptedError,
+    "no-capacity": CapacityError,
+    "quota": QuotaError,
+    "program-failed": ProgramFailedError,
+    "over-budget": OverBudgetError,
+}
+
+
+def raise_unless_finished(attempt: Attempt) -> None:
+    """The attempt's outcome as the error that says what to do now."""
+    if attempt.outcome in ERROR_OF_OUTCOME:
+        text = attempt.detail or f"attempt {attempt.number} on {attempt.pool}: {attempt.outcome}"
+        raise ERROR_OF_OUTCOME[attempt.outcome](text)
+
+
+def only_preemption(task: Any, task_run: Any, state: State) -> bool:
+    """`retry_condition_fn`: another machine for what was preempted, refused for capacity or lost; for nothing else."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, PreemptedError | CapacityError)
+
+
+def only_transient(task: Any, task_run: Any, state: State) -> bool:
+    """`retry_condition_fn`: the same call may work shortly."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)

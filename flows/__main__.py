@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.display import DISPLAY_VARIABLE
+from flows import DISPLAY_VARIABLE
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import load_job
@@ -63,7 +63,7 @@ def demo_command(options: argparse.Namespace) -> int:
         from flows.train import train
 
         LocalAccount.register_type_and_schema()
-        demo_account(options.seed).save(DEMO_ACCOUNT, overwrite=True)
+        demo_account(options.seed).save(DEMO_ACCOUNT, overwrite=True)  # a cloud of its own for every demonstration
         summary = train(job, account=DEMO_ACCOUNT)
         _show(summary)
     return 0

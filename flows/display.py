@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from flows import DISPLAY_VARIABLE
 from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
 from tasks.progress import Watcher
 
-DISPLAY_VARIABLE = "HOLDFAST_DISPLAY"
-"""Set by our own command line; a worker's flow runs print log lines instead."""
 STYLES = {
     "launched": "cyan",
     "refused": "yellow",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
@@ -53,7 +53,7 @@ def train(
         run_id or f"{job.name}-{str(flow_run.id)[:8]}",
     )
     summary = carry_out(run, notify)
-    print(headline(summary))
+    get_run_logger().info(headline(summary))
     return summary
 
 

@@ -172,7 +172,7 @@ class _Watch:
 
     def _notice_missing_checkpoints(self, now: datetime) -> Iterator[Update]:
         started = self.report.get("marks", {}).get("program-started")
-        if not started or self.report.get("commits") or self.report.get("resumed_step"):
+        if not started or not self._never_checkpointed(self.report):
             return
         if now - datetime.fromisoformat(started) > timedelta(seconds=NO_CHECKPOINT_SECONDS) and self.run.warn(
             NEVER_CHECKPOINTED
@@ -186,7 +186,7 @@ class _Watch:
         report = (stored or {}).get("report") or self.report
         console = self.run.driver.console(machine.id)
         outcome, detail = self._outcome(machine, stored, console)
-        if self._committed_step() is None and not report.get("commits") and outcome in ("finished", "preempted", "lost"):
+        if outcome == "finished" and self._never_checkpointed(report):
             self.run.warn(NEVER_CHECKPOINTED)
         steps = [int(step) for step in LAST_STEP.findall(console)]
         committed = self._committed_step()
@@ -204,6 +204,12 @@ class _Watch:
             committed_step=committed,
             report={name: report[name] for name in kept if name in report},
         )
+
+    def _never_checkpointed(self, report: dict[str, Any]) -> bool:
+        """Its program runs, has not attached, and has committed no folder either, in this attempt or before."""
+        marks = report.get("marks", {})
+        silent = "program-started" in marks and "attached" not in marks and self._committed_step() is None
+        return silent and not self.run.state.committed_step
 
     def _outcome(self, machine: Machine, stored: dict[str, Any] | None, console: str) -> tuple[Outcome, str]:
         said: Outcome | None = stored["outcome"] if stored else None

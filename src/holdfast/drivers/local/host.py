@@ -143,7 +143,7 @@ class Host:
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
-                    process_group=self.machine.pid,
+                    start_new_session=True,  # it ends with the machine all the same: it carries the mark
                 )
         return reclaim_at
 

@@ -24,6 +24,8 @@ from holdfast.supervision.training_run import TrainingRun, open_run
 
 FOLDER = Path(".holdfast/rehearsals")
 NEVER_FALL_BACK = 10_000
+NOTICE_POLL_SECONDS = 0.1
+"""A short job would be over before its own poll heard the notice; the verdict adds the job's poll to the flush."""
 
 Preemption = Literal["notice", "no-notice", "during-commit"]
 
@@ -77,7 +79,11 @@ def rehearsal_run(job: TrainingJob, folder: Path, run_id: str, fates: list[Fate]
     """A run on a cloud of its own, whose spot machines meet `fates` one after another."""
     cloud = LocalCloudConfig(root=folder / run_id / "cloud", market=ScriptedMarket(spot=fates))
     patient = job.model_copy(
-        update={"fallback": Fallback(after_failed_spot_attempts=NEVER_FALL_BACK), "provisioning": "spot"}
+        update={
+            "fallback": Fallback(after_failed_spot_attempts=NEVER_FALL_BACK),
+            "provisioning": "spot",
+            "notice_poll_seconds": NOTICE_POLL_SECONDS,
+        }
     )
     return open_run(patient, LocalDriver(cloud), DirectoryStore(folder / "store"), None, run_id)
 

@@ -217,6 +217,7 @@ class Attached:
         )
         self.resumed_step = loaded.step if loaded else 0
         seconds = time.monotonic() - began
+        self._reporter.phase("resumed", self.resumed_step)
         self._reporter.event(
             "resumed",
             step=self.resumed_step,

@@ -30,6 +30,7 @@ def draw_timeline(state: RunState, metrics: Mapping[int, Mapping[str, float]], n
     _draw_loss(upper, state, metrics, x, now)
     for row, attempt in enumerate(state.attempts):
         _draw_machine(lower, row, attempt, x, now)
+    lower.set_xlim(right=lower.get_xlim()[1] * 1.1)  # room for the last bar's words
     lower.set_yticks(range(len(state.attempts)), [_label(attempt) for attempt in state.attempts], fontsize=8)
     lower.set_ylim(len(state.attempts) - 0.4, -0.6)
     faster = f" (clock {state.clock_speed:g}x)" if state.clock_speed != 1 else ""
@@ -57,7 +58,7 @@ def _draw_machine(axes: Any, row: int, attempt: Attempt, x: Any, now: datetime) 
     if attempt.launched_at is None:
         at = x(attempt.detected_at or attempt.reserved_at)
         axes.plot([at], [row], marker="x", color=REFUSED_COLOUR, markersize=8, markeredgewidth=2)
-        axes.annotate(f" {attempt.outcome}", (at, row), fontsize=7, va="center", color=REFUSED_COLOUR)
+        axes.annotate(f"   {attempt.outcome}", (at, row), fontsize=7, va="center", color=REFUSED_COLOUR)
         return
     end = attempt.terminated_at or now
     first_step = attempt.marks.get("first-step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from holdfast.ledger.run_state import Attempt, RunState
@@ -179,10 +180,9 @@ def _flushes(state: RunState, poll_seconds: float) -> list[Finding]:
 def _flush_seconds(attempt: Attempt) -> float | None:
     notice = attempt.report.get("notice") or {}
     stopped = attempt.marks.get("preempting")
-    heard = attempt.marks.get("notice")
-    if notice.get("kind") != "preemption" or not stopped or not heard:
+    if notice.get("kind") != "preemption" or not stopped:
         return None
-    return max(0.0, (stopped - heard).total_seconds())
+    return max(0.0, (stopped - datetime.fromisoformat(notice["seen_at"])).total_seconds())
 
 
 def _checkpoint_cost(state: RunState) -> Finding:

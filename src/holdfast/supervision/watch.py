@@ -25,7 +25,9 @@ SILENT_SECONDS = 600.0
 POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
 NO_CHECKPOINT_SECONDS = 300.0
-LAST_STEP = re.compile(r"^holdfast: step (\d+)", re.MULTILINE)
+# The console outlives the machine, so it knows what the last heartbeat did not.
+TRAINED = re.compile(r"^holdfast: step (\d+)", re.MULTILINE)
+RESUMED = re.compile(r"^holdfast: phase resumed (\d+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +190,11 @@ class _Watch:
         outcome, detail = self._outcome(machine, stored, console)
         if outcome == "finished" and self._never_checkpointed(report):
             self.run.warn(NEVER_CHECKPOINTED)
-        steps = [int(step) for step in LAST_STEP.findall(console)]
+        steps = [int(step) for step in TRAINED.findall(console)]
         committed = self._committed_step()
         resumed = report.get("resumed_step")
+        if resumed is None and (found := RESUMED.search(console)):
+            resumed = int(found[1])
         if resumed is None and (steps or committed is not None):
             resumed = 0
         last = None if resumed is None else max([*steps[-1:], report.get("step") or 0, resumed, committed or 0])

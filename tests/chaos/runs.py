@@ -1,0 +1,61 @@
+"""Running the flow's story on a cloud made for one test, and looking for what it left behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.train import carry_out
+from holdfast.drivers.local import LocalCloudConfig, LocalDriver
+from holdfast.drivers.local.config import Fate, ScriptedMarket
+from holdfast.drivers.local.processes import marked
+from holdfast.model import Checkpointing, Fallback, TrainingJob
+from holdfast.storage import DirectoryStore
+from holdfast.supervision.training_run import TrainingRun, open_run
+from tests.conftest import PROGRAMS
+
+
+def tiny_job(folder: Path, name: str = "tiny", steps: int = 150, **changes: Any) -> TrainingJob:
+    """150 steps of 10 ms with a checkpoint every 10, in which every kind of randomness takes part."""
+    job = TrainingJob(
+        name=name,
+        script="tiny.py",
+        args=[str(steps), "0.01"],
+        code=str(PROGRAMS),
+        env={"TRAINED": str(folder / f"trained-{name}")},
+        checkpointing=Checkpointing(every="10 steps"),
+        fallback=Fallback(after_failed_spot_attempts=100),
+        notice_poll_seconds=0.05,
+        max_run_hours=1,
+    )
+    return job.model_copy(update=changes)
+
+
+def cloud(folder: Path, fates: list[Fate], name: str = "cloud", **changes: Any) -> LocalDriver:
+    return LocalDriver(LocalCloudConfig(root=folder / name, market=ScriptedMarket(spot=fates), **changes))
+
+
+def carry(job: TrainingJob, driver: LocalDriver, store: DirectoryStore, run_id: str) -> tuple[TrainingRun, dict[str, Any]]:
+    run = open_run(job, driver, store, None, run_id)
+
+    @flow(name="test-run")
+    def story() -> dict[str, Any]:
+        return carry_out(run)
+
+    return run, story()
+
+
+def trained_again(folder: Path, name: str) -> int:
+    """Steps that the program itself wrote down more than once."""
+    counts = Counter((folder / f"trained-{name}").read_text().split())
+    return sum(count - 1 for count in counts.values())
+
+
+def assert_nothing_left(driver: LocalDriver) -> None:
+    machines = driver.machines({})
+    assert machines
+    assert [machine.id for machine in machines if machine.state != "terminated"] == []
+    assert [process for machine in machines for process in marked(machine.id)] == []

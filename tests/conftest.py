@@ -1,0 +1,61 @@
+"""One real Prefect server for the whole session; a folder of its own for every test."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Before anything imports Prefect: it reads its settings then, and once.
+PORT = _free_port()
+os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{PORT}/api"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Prefect API that lives as long as the session."""
+    from flows.server import prefect_server
+
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("prefect"))
+    url = os.environ.pop("PREFECT_API_URL")
+    try:
+        with prefect_server(PORT):
+            os.chdir(before)
+            from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+            with temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                yield url
+    finally:
+        os.environ["PREFECT_API_URL"] = url
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder: .holdfast goes here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def needs(tool: str) -> None:
+    """Skip where a tool is missing; where HOLDFAST_NO_SKIPS is set, that is a failure."""
+    import shutil
+
+    if shutil.which(tool):
+        return
+    if os.environ.get("HOLDFAST_NO_SKIPS"):
+        pytest.fail(f"{tool} is not installed, and HOLDFAST_NO_SKIPS is set")
+    pytest.skip(f"{tool} is not installed")

@@ -11,7 +11,8 @@ demo: $(READY)  ## Run the main job on the local cloud: preempted again and agai
 	@$(BIN)/python -m flows demo
 
 test: $(READY)  ## Run the tests
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGUMENTS)
 

@@ -26,7 +26,9 @@ class LocalAccount(Block):
     clock_speed: float = Field(
         1.0, gt=0, title="Clock speed", description="Seconds of the cloud per second of the wall; bills follow it."
     )
-    market: Market = Field(SeededMarket(), title="Market", description="Prices, refusals and lifetimes of spot machines.")
+    market: Market = Field(
+        SeededMarket(), title="Market", description="Prices, refusals and lifetimes of spot machines."
+    )
 
     def driver(self) -> Driver:
         return LocalDriver(

@@ -20,7 +20,9 @@ class CheckpointStore(Block):
     _block_type_name: ClassVar[str] = "Checkpoint Store"
     _block_type_slug: ClassVar[str] = "checkpoint-store"
 
-    url: str = Field(DEFAULT_URL, title="Folder", description="A folder, or a file:// URL. Every machine must reach it.")
+    url: str = Field(
+        DEFAULT_URL, title="Folder", description="A folder, or a file:// URL. Every machine must reach it."
+    )
 
     def store(self) -> ObjectStore:
         return open_store(self.url if "://" in self.url else str(Path(self.url).absolute()))

@@ -24,5 +24,7 @@ def demo_account(seed: int) -> LocalAccount:
         Fate(after_seconds=draw.uniform(20, 40), notice=False),
     ]
     return LocalAccount(
-        root=Path(f".holdfast/clouds/demo-{secrets.token_hex(4)}"), clock_speed=DEMO_CLOCK_SPEED, market=ScriptedMarket(spot=spot)
+        root=Path(f".holdfast/clouds/demo-{secrets.token_hex(4)}"),
+        clock_speed=DEMO_CLOCK_SPEED,
+        market=ScriptedMarket(spot=spot),
     )

@@ -23,7 +23,9 @@ def reap_orphans(account: str = "local", store: str = "local") -> int:
     reaped = reap_machines(load_account(account).driver(), load_store(store).store())
     log = get_run_logger()
     for orphan in reaped:
-        log.warning("terminated machine=%s run=%s pool=%s why=%s", orphan.machine, orphan.run_id, orphan.pool, orphan.why)
+        log.warning(
+            "terminated machine=%s run=%s pool=%s why=%s", orphan.machine, orphan.run_id, orphan.pool, orphan.why
+        )
         emit_event(
             "holdfast.machine.reaped",
             resource={"prefect.resource.id": f"holdfast.machine.{orphan.machine}"},

@@ -34,7 +34,7 @@ Preemption = Literal["notice", "no-notice", "during-commit"]
 def rehearse(
     job: TrainingJob,
     preemptions: int = 3,
-    kinds: list[Preemption] = ["notice", "no-notice", "during-commit"],  # noqa: B006: Prefect shows it in the form
+    kinds: list[Preemption] = ["notice", "no-notice", "during-commit"],  # noqa: B006 (Prefect shows it in the form)
 ) -> dict[str, Any]:
     """Does the job survive preemption? The verdict first, the evidence below. Costs nothing: all of it runs here.
 
@@ -52,7 +52,9 @@ def rehearse(
     total = steady.state.attempts[-1].last_step or 0 if steady.state.attempts else 0
     interrupted = None
     if not problem:
-        fates = [fate(kind, total * number // (preemptions + 1)) for number, kind in enumerate(turns(kinds, preemptions), 1)]
+        fates = [
+            fate(kind, total * number // (preemptions + 1)) for number, kind in enumerate(turns(kinds, preemptions), 1)
+        ]
         interrupted = rehearsal_run(job, folder, f"{name}-interrupted", fates)
         problem = run_it(interrupted)
     verdict = judge(

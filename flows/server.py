@@ -44,7 +44,7 @@ def prefect_server(port: int | None = None) -> Iterator[str]:
         "PREFECT_SERVER_UI_API_URL": f"{url}/api",
     }
     os.environ.update({name: environment[name] for name in (*QUIET, "PREFECT_HOME", "PREFECT_API_URL")})
-    log = open(home / "server.log", "wb")  # noqa: SIM115: the server writes to it for as long as it lives
+    log = open(home / "server.log", "wb")  # noqa: SIM115 (the server writes to it for as long as it lives)
     server = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         env=environment,

@@ -83,9 +83,13 @@ def load_notification(name: str) -> Block:
     try:
         block = Block.load(name)
     except ValueError as error:
-        raise ConfigError(f"notify: no block is called {name!r}; write it as type/name, for example slack-webhook/team") from error
+        raise ConfigError(
+            f"notify: no block is called {name!r}; write it as type/name, for example slack-webhook/team"
+        ) from error
     if not hasattr(block, "notify"):
-        raise ConfigError(f"notify: block {name!r} can't notify; name a notification block, for example slack-webhook/team")
+        raise ConfigError(
+            f"notify: block {name!r} can't notify; name a notification block, for example slack-webhook/team"
+        )
     return block
 
 

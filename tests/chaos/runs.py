@@ -38,7 +38,9 @@ def cloud(folder: Path, fates: list[Fate], name: str = "cloud", **changes: Any) 
     return LocalDriver(LocalCloudConfig(root=folder / name, market=ScriptedMarket(spot=fates), **changes))
 
 
-def carry(job: TrainingJob, driver: LocalDriver, store: DirectoryStore, run_id: str) -> tuple[TrainingRun, dict[str, Any]]:
+def carry(
+    job: TrainingJob, driver: LocalDriver, store: DirectoryStore, run_id: str
+) -> tuple[TrainingRun, dict[str, Any]]:
     run = open_run(job, driver, store, None, run_id)
 
     @flow(name="test-run")

@@ -76,7 +76,9 @@ def charged_once(summary: dict, driver: LocalDriver, store: DirectoryStore) -> N
         seconds = max(60.0, (machine.terminated_at - machine.launched_at).total_seconds())
         assert abs(attempt["billed_seconds"] - seconds) < 0.01
     assert summary["usd_total"] == add_usd(attempt["usd"] for attempt in summary["attempts"])
-    ended = [entry.fields["attempt"] for entry in Journal(store, journal_prefix("killed")).read() if entry.kind == "ended"]
+    ended = [
+        entry.fields["attempt"] for entry in Journal(store, journal_prefix("killed")).read() if entry.kind == "ended"
+    ]
     assert ended == sorted(set(ended))
 
 

@@ -1,9 +1,9 @@
 """The three lines around a training loop.
 
-    run = holdfast.attach(model=model, optimizer=optimizer)     # resumes here
-    for step in run.steps(1000):                                # goes on after the last committed step
-        ...
-        run.report(loss=loss)
+run = holdfast.attach(model=model, optimizer=optimizer)     # resumes here
+for step in run.steps(1000):                                # goes on after the last committed step
+    ...
+    run.report(loss=loss)
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class Attached:
     """Returned by `attach`."""
 
     def __init__(
-        self, around: Surroundings | None, policy: CheckpointPolicy | None, components: dict[str, Any], folder: Path | None
+        self,
+        around: Surroundings | None,
+        policy: CheckpointPolicy | None,
+        components: dict[str, Any],
+        folder: Path | None,
     ) -> None:
         self.state: dict[str, Any] = {}
         """Anything else that must survive: numbers, text, tensors, and lists, tuples and dicts of these."""

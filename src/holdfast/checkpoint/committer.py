@@ -144,7 +144,9 @@ class Committer:
     def _write_metrics(self, checkpoint: CheckpointId, metrics: list[tuple[int, Mapping[str, float]]]) -> None:
         """Durable before the manifest: a committed step never lacks its metrics."""
         if metrics:
-            lines = [json.dumps({"step": step, "attempt": self._attempt, "metrics": values}) for step, values in metrics]
+            lines = [
+                json.dumps({"step": step, "attempt": self._attempt, "metrics": values}) for step, values in metrics
+            ]
             self._store.put(f"{self._metrics_prefix}{checkpoint}.jsonl", "\n".join(lines).encode())
 
 

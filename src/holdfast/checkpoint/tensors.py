@@ -37,7 +37,11 @@ def encode(tensors: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} has dtype {tensor.dtype}, which the safetensors layout does not know")
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": dtypes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

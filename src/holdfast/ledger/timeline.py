@@ -48,7 +48,9 @@ def draw_timeline(state: RunState, metrics: Mapping[int, Mapping[str, float]], n
         framealpha=0.9,
     )
     usd = f"${state.usd_total:.4f}"
-    upper.set_title(f"{state.run_id}: {state.state}, {state.interruptions} interruptions, {usd}", fontsize=10, loc="left")
+    upper.set_title(
+        f"{state.run_id}: {state.state}, {state.interruptions} interruptions, {usd}", fontsize=10, loc="left"
+    )
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -48,7 +48,9 @@ class Agent:
         self.prefix = contract.attempt_prefix(self.run_id, self.attempt)
         self.telemetry = Telemetry(work / "telemetry.jsonl")
         policy = CheckpointPolicy.from_json(environment.get(contract.CHECKPOINT_POLICY, "{}"))
-        self.folders = FolderCheckpoints(work / "checkpoints", self.store, self.run_id, self.attempt, policy, self.clock)
+        self.folders = FolderCheckpoints(
+            work / "checkpoints", self.store, self.run_id, self.attempt, policy, self.clock
+        )
         self.notice: Notice | None = None
         self._notice_lock = threading.Lock()
         self._told_program = False
@@ -97,9 +99,7 @@ class Agent:
                 start_new_session=True,
             )
         except OSError as error:
-            self._create_end(
-                {"outcome": "program-failed", "exit_status": 127, "log_tail": f"{command[0]}: {error}"}
-            )
+            self._create_end({"outcome": "program-failed", "exit_status": 127, "log_tail": f"{command[0]}: {error}"})
             raise SystemExit(0) from None
         self._mark("program-started")
         assert self.program.stdout

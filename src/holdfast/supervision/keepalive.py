@@ -19,9 +19,7 @@ LONGEST_WALL_SECONDS = 5.0
 
 
 class Keepalive:
-    def __init__(
-        self, store: ObjectStore, run_id: str, clock: Clock, lease_seconds: float, owner: Ownership
-    ) -> None:
+    def __init__(self, store: ObjectStore, run_id: str, clock: Clock, lease_seconds: float, owner: Ownership) -> None:
         self._store, self._run_id, self._clock, self._owner = store, run_id, clock, owner
         self._lease_seconds = lease_seconds
         self._done = threading.Event()

@@ -81,7 +81,9 @@ class Ownership:
             alive_at = datetime.fromisoformat(owner["claimed_at"])
         age = datetime.now(UTC) - alive_at
         if age < timedelta(seconds=ALIVE_SECONDS):
-            return f"{where}, heard of {age.total_seconds():.0f} s ago; if it is dead, try again in {ALIVE_SECONDS:.0f} s"
+            return (
+                f"{where}, heard of {age.total_seconds():.0f} s ago; if it is dead, try again in {ALIVE_SECONDS:.0f} s"
+            )
         return ""
 
     def _exists(self, name: str) -> bool:

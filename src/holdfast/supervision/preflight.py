@@ -123,7 +123,9 @@ def _missing_imports(code: Path, script: str, tree: ast.Module, image_python: Pa
             wanted.setdefault(node.module.partition(".")[0], node.lineno)
     folders = [(code / script).parent, code]
     names = [name for name in wanted if not any((f / name).exists() or (f / f"{name}.py").exists() for f in folders)]
-    find = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if n != 'holdfast' and not u.find_spec(n)])"
+    find = (
+        "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if n != 'holdfast' and not u.find_spec(n)])"
+    )
     found = subprocess.run([str(image_python), "-c", find, *names], capture_output=True, text=True, cwd=code)
     for name in found.stdout.split():
         yield f"script: {script!r} line {wanted[name]} imports {name!r}, which the machine's Python does not have; add it"

@@ -66,7 +66,11 @@ class Verdict:
             mark = "yes" if finding.good else ("NO" if finding.decisive else "no")
             lines.append(f"| {finding.question} | {mark} | {finding.answer.replace(chr(10), '<br>')} |")
         if self.interrupted:
-            lines += ["", "| attempt | outcome | notice | steps | committed | lost |", "| ---: | --- | --- | --- | ---: | ---: |"]
+            lines += [
+                "",
+                "| attempt | outcome | notice | steps | committed | lost |",
+                "| ---: | --- | --- | --- | ---: | ---: |",
+            ]
             for row in self.interrupted["attempts"]:
                 steps = f"{row['first_step']}–{row['last_step']}" if row["first_step"] else "–"
                 lines.append(
@@ -129,7 +133,9 @@ def _same_metrics(steady: Evidence, interrupted: Evidence) -> Finding:
         return Finding(question, True, "the program reports none; the final state is compared alone", decisive=False)
     missing = sorted(set(steady.metrics) - set(interrupted.metrics))
     if missing:
-        return Finding(question, False, f"{len(missing)} steps have none in the interrupted run, first step {missing[0]}")
+        return Finding(
+            question, False, f"{len(missing)} steps have none in the interrupted run, first step {missing[0]}"
+        )
     for step in sorted(steady.metrics):
         expected, found = steady.metrics[step], interrupted.metrics[step]
         for name in expected:

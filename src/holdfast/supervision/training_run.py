@@ -56,7 +56,13 @@ class TrainingRun:
     """Made by `open_run`; a context manager that gives the run back, whatever happens."""
 
     def __init__(
-        self, job: TrainingJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str, fits: list[Offer]
+        self,
+        job: TrainingJob,
+        driver: Driver,
+        store: ObjectStore,
+        budget: Budget | None,
+        run_id: str,
+        fits: list[Offer],
     ) -> None:
         self.job, self.driver, self.store, self.run_id = job, driver, store, run_id
         self._fits = fits
@@ -86,7 +92,9 @@ class TrainingRun:
         self.keepalive.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.keepalive.stop()
         if not self.keepalive.taken:
             self._owner.release()
@@ -147,7 +155,9 @@ class TrainingRun:
             return state.open_attempt
         hours_left = self.job.max_run_hours - state.billed_seconds / 3600
         if hours_left <= 0:
-            raise OverBudgetError(f"the run has used its max_run_hours of {self.job.max_run_hours:g}; raise it to go on")
+            raise OverBudgetError(
+                f"the run has used its max_run_hours of {self.job.max_run_hours:g}; raise it to go on"
+            )
         usd = round_usd(launch.offer.on_demand_usd_per_hour * hours_left)
         number = len(state.attempts) + 1
         if self._budget:
@@ -231,7 +241,9 @@ class TrainingRun:
         try:
             return self._journal.append(kind, self.driver.clock.now(), **fields)
         except AlreadyExistsError as error:
-            raise RunTakenError(f"run {self.run_id!r} was taken over by another process while this one slept") from error
+            raise RunTakenError(
+                f"run {self.run_id!r} was taken over by another process while this one slept"
+            ) from error
 
     def _record_end(self, attempt: Attempt, ending: Ending) -> None:
         """Bill the machine and write the attempt's end. Every second is charged here and nowhere else."""

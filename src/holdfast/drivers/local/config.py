@@ -20,11 +20,15 @@ class Fate(Strict):
 
     refuse: bool = Field(False, title="Refuse", description="No capacity: the launch is refused.")
     after_seconds: Seconds | None = Field(None, title="After (seconds)", description="Taken so long after its launch.")
-    at_step: int | None = Field(None, ge=1, title="At step", description="Taken when its program has trained this step.")
+    at_step: int | None = Field(
+        None, ge=1, title="At step", description="Taken when its program has trained this step."
+    )
     in_phase: Literal["resume", "snapshot", "commit"] | None = Field(
         None, title="In phase", description="Taken when its program begins this phase of checkpointing."
     )
-    after_step: int = Field(0, ge=0, title="After step", description="Earlier phases than after this step do not count.")
+    after_step: int = Field(
+        0, ge=0, title="After step", description="Earlier phases than after this step do not count."
+    )
     delay_seconds: Seconds = Field(0.0, title="Delay (wall seconds)", description="Between the trigger and the taking.")
     notice: bool = Field(True, title="Notice", description="Announced 120 s (AWS) or 30 s (GCP) before, or not at all.")
     rebalance_seconds_before: Seconds | None = Field(
@@ -61,7 +65,9 @@ class ScriptedMarket(Strict):
 
     kind: Literal["scripted"] = "scripted"
     spot: list[Fate] = Field([], title="Fates of spot machines", description="In the order of their launches.")
-    on_demand: list[Fate] = Field([], title="Fates of on-demand machines", description="In the order of their launches.")
+    on_demand: list[Fate] = Field(
+        [], title="Fates of on-demand machines", description="In the order of their launches."
+    )
 
 
 Market = Annotated[SeededMarket | ScriptedMarket, Field(discriminator="kind")]

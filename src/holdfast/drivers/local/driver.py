@@ -248,4 +248,6 @@ def _detail(reason: str, spec: Mapping[str, Any]) -> str:
     if reason == "preempted":
         notice = f"{spec['notice_seconds']:.0f} s of notice" if spec["fate"]["notice"] else "no notice"
         return f"the market took the machine, with {notice}"
-    return {"host-failed": "the machine's host died", "terminated-by-user": "terminated through the API"}.get(reason, "")
+    return {"host-failed": "the machine's host died", "terminated-by-user": "terminated through the API"}.get(
+        reason, ""
+    )

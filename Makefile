@@ -31,10 +31,12 @@ help:  ## List these
 clean:  ## Remove the virtual environment and everything that runs left here
 	rm -rf $(VENV) .holdfast
 
-# The stamp carries what was installed: a changed dependency file installs again, nothing else does.
+# The stamp carries what was installed: a changed dependency file installs again, nothing else does. The .pth file lets
+# Prefect's own commands import flows, tasks and blocks, which are no part of the package (`prefect block register`).
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Holdfast needs Python 3.11 or later; name one: make PYTHON=python3.12 ...")'
 	@echo "Setting up $(VENV): the first time takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "holdfast-checkout.pth").write_text(str(pathlib.Path().absolute()))'
 	@touch $(READY)

@@ -106,17 +106,22 @@ def one_attempt(run: TrainingRun, watchers: list[Watcher]) -> None:
     try:
         launch_machine(run)
     except (CapacityError, QuotaError):
-        for watcher in watchers:
-            watcher(run.ended_update())
+        refused = run.state.attempts[-1]
+        row_of(refused)(run, refused, watchers, return_state=True)
         raise
     attempt = run.state.attempts[-1]
     tell(watchers, run, attempt, "launched", f"launched {attempt.machine} in {attempt.pool}")
-    pool = attempt.pool
-    watch_machine.with_options(
-        task_run_name=f"attempt-{attempt.number}-{pool.zone}-{pool.instance_type}-{pool.provisioning_model}",
-        tags=[pool.cloud, pool.provisioning_model],
-    )(run, attempt, watchers, return_state=True)
+    row_of(attempt)(run, attempt, watchers, return_state=True)
     raise_unless_finished(run.state.attempts[-1])
+
+
+def row_of(attempt: Attempt) -> Any:
+    """The task of the attempt's row in the UI: who sells the machine, where, of which type and how."""
+    pool = attempt.pool
+    where = f"{pool.cloud} {pool.zone} {pool.instance_type} {pool.provisioning_model}"
+    return watch_machine.with_options(
+        task_run_name=f"attempt {attempt.number}: {where}", tags=[pool.cloud, pool.provisioning_model]
+    )
 
 
 def tell(watchers: list[Watcher], run: TrainingRun, attempt: Attempt, kind: Any, text: str) -> None:

@@ -36,8 +36,8 @@ PROGRESS_SECONDS = 2.0
 
 @task(cache_policy=NO_CACHE)
 def watch_machine(run: TrainingRun, attempt: Attempt, watchers: list[Watcher]) -> Attempt | State:
-    """The attempt's row in the UI: one machine, from its launch to its outcome, which is the row's state."""
-    for update in run.supervise():
+    """The attempt's row in the UI: one machine, from its launch (or refusal) to its outcome, which is the row's state."""
+    for update in run.supervise() if attempt.outcome is None else [run.ended_update()]:
         for watcher in watchers:
             watcher(update)
     ended = run.state.attempts[-1]

@@ -33,10 +33,17 @@ def parse_interval(text: str) -> tuple[Literal["auto", "steps", "seconds"], floa
     return "seconds", number * (60 if unit.startswith("min") else 1)
 
 
+def _name_the_known_keys(schema: dict[str, Any]) -> None:
+    # Prefect checks parameters against this schema first. Of a key that is not allowed it would say only that; of a
+    # name outside a list it says the list.
+    schema.pop("additionalProperties", None)
+    schema["propertyNames"] = {"enum": list(schema["properties"])}
+
+
 class Strict(BaseModel):
     """Refuses keys it does not know, and says which one was probably meant."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_name_the_known_keys)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.storage import DirectoryStore
+
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -48,6 +50,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder: .holdfast goes here."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def store(folder: Path, prefect_api: str) -> DirectoryStore:
+    """The store of flows that run in this test: the folder .holdfast, and a Prefect server beside it."""
+    return DirectoryStore(folder / ".holdfast")
 
 
 def needs(tool: str) -> None:

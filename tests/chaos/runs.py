@@ -12,6 +12,7 @@ from flows.train import carry_out
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
 from holdfast.drivers.local.config import Fate, ScriptedMarket
 from holdfast.drivers.local.processes import marked
+from holdfast.ledger.billing import add_usd
 from holdfast.model import Checkpointing, Fallback, TrainingJob
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.training_run import TrainingRun, open_run
@@ -34,6 +35,11 @@ def tiny_job(folder: Path, name: str = "tiny", steps: int = 150, **changes: Any)
     return job.model_copy(update=changes)
 
 
+def light_job(folder: Path, name: str = "light", steps: int = 100, **changes: Any) -> TrainingJob:
+    """100 steps of 10 ms without PyTorch, with a checkpoint every 10."""
+    return tiny_job(folder, name, steps, script="light.py", **changes)
+
+
 def cloud(folder: Path, fates: list[Fate], name: str = "cloud", **changes: Any) -> LocalDriver:
     return LocalDriver(LocalCloudConfig(root=folder / name, market=ScriptedMarket(spot=fates), **changes))
 
@@ -48,6 +54,22 @@ def carry(
         return carry_out(run)
 
     return run, story()
+
+
+def summary_of(
+    folder: Path, job: TrainingJob, fates: list[Fate], store: DirectoryStore, **changes: Any
+) -> dict[str, Any]:
+    """The summary of a run on a cloud that was made for it, of which nothing is left and whose bill adds up."""
+    driver = cloud(folder, fates, **changes)
+    _, summary = carry(job, driver, store, job.name)
+    assert_nothing_left(driver)
+    assert summary["usd_total"] == add_usd(attempt["usd"] for attempt in summary["attempts"])
+    assert summary["lost_steps"] == sum(attempt["lost_steps"] for attempt in summary["attempts"])
+    return summary
+
+
+def outcomes(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(attempt["provisioning_model"], attempt["outcome"]) for attempt in summary["attempts"]]
 
 
 def trained_again(folder: Path, name: str) -> int:

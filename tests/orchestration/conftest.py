@@ -21,7 +21,9 @@ import pytest
 from tests.conftest import _free_port
 
 REPOSITORY = Path(__file__).parents[2]
-LEFT_BEHIND = shutil.ignore_patterns(".venv", ".holdfast", ".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".venv", ".holdfast", ".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
+)
 
 
 @dataclass

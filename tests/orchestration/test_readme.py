@@ -71,6 +71,8 @@ def test_a_schedule_starts_runs(platform: Platform) -> None:
     assert status == 0, output
 
     def scheduled() -> list[dict[str, Any]]:
-        return [run for run in platform.runs("reap-orphans") if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
+        return [
+            run for run in platform.runs("reap-orphans") if run["auto_scheduled"] and run["state_type"] == "COMPLETED"
+        ]
 
     assert wait_until(scheduled, 120, "a scheduled run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -274,9 +273,9 @@ def test_a_full_disk_is_transient_and_leaves_the_old_object_whole(tmp_path: Path
     store = DirectoryStore(tmp_path)
     store.put("object", b"whole")
     full = in_another_process(
-        f"""
+        """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (65536, {resource.RLIM_INFINITY}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
 for write in (store.put, store.create):
     try:
         write("object" if write == store.put else "new", [b"x" * 50_000, b"y" * 50_000])

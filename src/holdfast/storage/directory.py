@@ -33,7 +33,7 @@ class DirectoryStore:
 
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         path = self._path(key)
-        if path.exists():
+        if os.path.exists(path):  # spares the writing; unlike Path.exists it never raises
             raise AlreadyExistsError(f"{key} exists in {self.url}")
         with self._staged(path, data) as staged:
             try:
@@ -56,20 +56,31 @@ class DirectoryStore:
             raise TransientError(f"{self.url}: can't read {key}: {error}") from error
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        folder = self.root / prefix.rpartition("/")[0]
+        below, slash, _ = prefix.rpartition("/")
+        if slash and not _is_key(below):
+            return []  # no key begins like that
         found = []
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                path = Path(parent, name)
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.endswith(STAGED_SUFFIX):
-                    with contextlib.suppress(FileNotFoundError):  # deleted while we were listing
-                        found.append(ObjectInfo(key, path.stat().st_size))
+        try:
+            for parent, _, names in os.walk(self.root / below, onerror=_raise_unless_gone):
+                for name in names:
+                    path = Path(parent, name)
+                    key = path.relative_to(self.root).as_posix()
+                    if key.startswith(prefix) and not name.endswith(STAGED_SUFFIX):
+                        with contextlib.suppress(FileNotFoundError):  # deleted while we were listing
+                            found.append(ObjectInfo(key, path.stat().st_size))
+        except OSError as error:
+            raise TransientError(f"{self.url}: can't list {prefix!r}: {error}") from error
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
-        path.unlink(missing_ok=True)
+        try:
+            if not path.is_dir():  # a folder is no object; unlinking it fails in another way on every system
+                path.unlink(missing_ok=True)
+        except NotADirectoryError:  # a key below an object
+            return
+        except OSError as error:
+            raise TransientError(f"{self.url}: can't delete {key}: {error}") from error
         with contextlib.suppress(OSError):  # a store has no empty folders
             for parent in path.parents:
                 if parent == self.root:
@@ -77,10 +88,9 @@ class DirectoryStore:
                 parent.rmdir()
 
     def _path(self, key: str) -> Path:
-        parts = key.split("/")
-        if not key or any(part in ("", ".", "..") for part in parts) or key.endswith(STAGED_SUFFIX):
+        if not _is_key(key):
             raise ConfigError(f"{key!r} is no key of an object: it must be relative, without empty or dotted parts")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*key.split("/"))
 
     @contextlib.contextmanager
     def _staged(self, path: Path, data: Data | Iterable[Data]) -> Iterator[Path]:
@@ -100,6 +110,17 @@ class DirectoryStore:
         finally:
             with contextlib.suppress(OSError):
                 staged.unlink(missing_ok=True)
+
+
+def _is_key(text: str) -> bool:
+    bad_part = any(part in ("", ".", "..") for part in text.split("/"))
+    return not bad_part and "\0" not in text and not text.endswith(STAGED_SUFFIX)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    # os.walk alone takes a folder that can't be read for an empty one: a run would not find its checkpoints.
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _open_in_new_folder(path: Path) -> int:

@@ -33,7 +33,7 @@ class ObjectStore(Protocol):
         """`length` bytes from `start`; fewer at the end of the object. Raises NotFoundError, TransientError."""
 
     def list(self, prefix: str) -> list[ObjectInfo]:
-        """Every object whose key starts with `prefix`, in the order of their keys."""
+        """Every object whose key starts with `prefix`, in the order of their keys. Raises TransientError."""
 
     def delete(self, key: str) -> None:
-        """Deleting what is not there is no error."""
+        """Deleting what is not there is no error. Raises TransientError."""

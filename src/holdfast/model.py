@@ -177,7 +177,7 @@ def load_job(path: Path | str) -> TrainingJob:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"job file {path}: {error.strerror}; name a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"job file {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"job file {path}: expected keys and values (name: ..., script: ...), found {data!r}")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.checkpoint.tensors import can_encode
 from holdfast.checkpoint.tree import flatten, unflatten
 from holdfast.errors import ConfigError
 
@@ -29,11 +30,19 @@ class TrainingState:
         tensors: dict[str, Any] = {}
         torch = sys.modules.get("torch")
 
-        def take(path: str, leaf: Any) -> bool:
+        def take(path: str, leaf: Any) -> str:
             if torch is None or not isinstance(leaf, torch.Tensor):
-                return False
-            tensors[path] = leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            return True
+                return ""
+            if not can_encode(leaf):
+                raise ConfigError(
+                    f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
+                    "one of another type"
+                )
+            name = path
+            while name in tensors:
+                name += "'"
+            tensors[name] = leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return name
 
         everything = {
             "components": {name: _get(component) for name, component in self._components.items()},

@@ -26,6 +26,13 @@ def _dtypes() -> dict[Any, str]:
     return {getattr(torch, torch_name): name for torch_name, name in names.items() if hasattr(torch, torch_name)}
 
 
+def can_encode(tensor: Any) -> bool:
+    """Is it dense, and of a type that the layout knows?"""
+    import torch
+
+    return tensor.layout is torch.strided and tensor.dtype in _dtypes()
+
+
 def encode(tensors: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
     """The file piece by piece, straight from the memory of contiguous CPU tensors."""
     import torch
@@ -62,10 +69,12 @@ def decode(data: bytes) -> dict[str, Any]:
         body = memoryview(data)[8 + length :]
         tensors = {}
         for name, entry in header.items():
+            if name == "__metadata__":  # the layout's place for remarks; other tools make some
+                continue
             start, end = entry["data_offsets"]
             raw = bytearray(body[start:end])
             flat = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
             tensors[name] = flat.view(by_name[entry["dtype"]]).reshape(entry["shape"])
-    except (struct.error, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedCheckpointError(f"not a safetensors file: {error}") from error
     return tensors

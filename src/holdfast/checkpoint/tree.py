@@ -17,8 +17,10 @@ TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY = "$tensor", "$tuple", "$pairs", "$flo
 RESERVED = frozenset({TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY})
 
 
-def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], bool]) -> Any:
-    """`value` as JSON. `take_tensor(path, leaf)` keeps a leaf that is a tensor and says True, or says False.
+def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], str]) -> Any:
+    """`value` as JSON. `take_tensor(path, leaf)` keeps a leaf that is a tensor; the name it is kept under, or "".
+
+    Two leaves may have one path (`{"a": {"b": x}, "a.b": y}`); their names must differ.
 
     Raises ConfigError naming the path and type of a leaf that can't be stored.
     """
@@ -41,8 +43,8 @@ def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], bool]) -> A
                 raise ConfigError(f"{path} has a key of type {type(key).__name__}, which a checkpoint can't hold")
             pairs.append([flatten(key, f"{path}.<key>", take_tensor), flatten(item, f"{path}.{key}", take_tensor)])
         return {PAIRS: pairs}
-    if take_tensor(path, value):
-        return {TENSOR: path}
+    if name := take_tensor(path, value):
+        return {TENSOR: name}
     if type(value).__module__ == "numpy":
         return _flatten_numpy(value, path)
     raise ConfigError(
@@ -52,7 +54,7 @@ def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], bool]) -> A
 
 
 def unflatten(value: Any, tensor: Callable[[str], Any]) -> Any:
-    """The inverse of `flatten`; `tensor(path)` returns the tensor that was kept under this path."""
+    """The inverse of `flatten`; `tensor(name)` returns the tensor that was kept under this name."""
     if isinstance(value, list):
         return [unflatten(item, tensor) for item in value]
     if not isinstance(value, dict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,10 @@ def assert_nothing_left(driver: LocalDriver) -> None:
     assert machines
     assert [machine.id for machine in machines if machine.state != "terminated"] == []
     assert [process for machine in machines for process in marked(machine.id)] == []
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    give_up_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up_at, "timed out"
+        time.sleep(0.01)

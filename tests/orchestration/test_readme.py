@@ -8,7 +8,7 @@ from tests.orchestration.conftest import Platform, wait_until
 
 
 def test_what_the_readme_says_to_type_works_in_its_order(platform: Platform) -> None:
-    server, worker, runs, schedule = platform.blocks
+    _server, _worker, runs, schedule = platform.blocks
     status, output = platform.type(runs, seconds=400)
     assert status == 0, output
     assert output.count("Flow run finished successfully") == 5, output

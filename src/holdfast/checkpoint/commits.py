@@ -15,6 +15,7 @@ from holdfast.storage.protocol import Data
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest_sha256"  # of the manifest without it: nothing else would notice a changed step or kind
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,6 +58,7 @@ class Checkpoints:
             self._store.put(f"{self._prefix}{checkpoint}/{name}", digest.chunks())
             listed[name] = {"size_bytes": digest.size_bytes, "sha256": digest.hexdigest()}
         body = {**manifest, "format_version": FORMAT_VERSION, "objects": listed}
+        body[CHECKSUM] = _checksum(json.loads(json.dumps(body)))  # as a reader will see it
         # The manifest goes last: a machine cut off mid-commit leaves data that nobody reads, never half a checkpoint.
         self._store.create(f"{self._prefix}{checkpoint}/{MANIFEST}", json.dumps(body, indent=1).encode())
         return sum(entry["size_bytes"] for entry in listed.values())
@@ -65,8 +67,12 @@ class Checkpoints:
         """Raises DamagedCheckpointError, NotFoundError, ConfigError for one that a newer version wrote."""
         try:
             manifest = json.loads(self._store.get(f"{self._prefix}{checkpoint}/{MANIFEST}"))
-            version = manifest["format_version"]
-            manifest["objects"].items()
+            said = manifest.pop(CHECKSUM, None)
+            if said is not None and said != _checksum(manifest):
+                raise ValueError("its checksum is another than it says")
+            version = int(manifest["format_version"])
+            for entry in manifest["objects"].values():
+                _ = entry["size_bytes"], entry["sha256"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpointError(f"{checkpoint}/{MANIFEST} can't be read: {error!r}") from error
         if version > FORMAT_VERSION:
@@ -141,6 +147,10 @@ class Checkpoints:
             if slash and wanted(info.key) and name.replace("-", "").isdigit():
                 found.add(CheckpointId.parse(name))
         return found
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 class _Digest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -212,21 +211,6 @@ def test_a_committed_step_has_its_metrics_and_a_later_one_s_are_not_lost(
     assert made.wait(15, LONG)
     assert read_metrics(store, "run") == {step: {"loss": 1 / step} for step in range(1, 16)}
     assert len(store.list(metrics_prefix("run"))) == 2
-
-
-def test_no_metric_is_lost_between_the_training_and_the_thread(store: DirectoryStore, telemetry: Telemetry) -> None:
-    steps, before = 30_000, sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        made = committer(store, telemetry)
-        for step in range(1, steps + 1):
-            made.add_metrics(step, {"loss": 1.0})
-            if step % 100 == 0:
-                made.offer(snapshot(step))
-        assert made.wait(steps, LONG)
-    finally:
-        sys.setswitchinterval(before)
-    assert list(read_metrics(store, "run")) == list(range(1, steps + 1))
 
 
 def test_files_of_the_user_s_folder_are_part_of_the_checkpoint(

@@ -34,7 +34,8 @@ from holdfast.storage import open_store
 FINAL_COMMIT_SECONDS = 300.0
 """How long the end of the program waits for its last commit, on the wall."""
 DEFAULT_WINDOW_SECONDS = 25.0
-INTERVAL = re.compile(r"^\s*([0-9.]+)\s*(steps?|s|seconds?)\s*$")
+# As in holdfast.model, which needs pydantic: a machine may not have it.
+INTERVAL = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(steps?|s|seconds?|minutes?|min)\s*$")
 
 
 def attach(
@@ -45,7 +46,7 @@ def attach(
     `components`: everything whose state must survive, under names of your choice: model, optimizer, scheduler, scaler,
     data loader or sampler, generators. The random states of Python, NumPy and torch are saved without being named.
     `directory`: a folder whose files are saved as a whole with every checkpoint; needs no PyTorch.
-    `every`: '100 steps', '30 s' or 'auto'; None: as the job says. `max_to_keep`: checkpoints kept; None: as the job says.
+    `every`: '100 steps', '30 s', '5 minutes' or 'auto'; None: as the job says. `max_to_keep`: checkpoints kept; None: as the job says.
 
     Without an agent (the program was started by hand) nothing is restored or saved, and the loop runs as written.
     Raises ConfigError for bad arguments and for a checkpoint that does not fit the program.
@@ -260,13 +261,16 @@ def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | No
     if every is not None:
         match = INTERVAL.match(every)
         if not match and every.strip() != "auto":
-            raise ConfigError(f"attach(every={every!r}): write '100 steps', '30 s' or 'auto'")
+            raise ConfigError(f"attach(every={every!r}): write '100 steps', '30 s', '5 minutes' or 'auto'")
         steps = seconds = None
         if match:
             number = float(match[1])
             if number <= 0 or (match[2].startswith("step") and number != int(number)):
                 raise ConfigError(f"attach(every={every!r}): the number must be above zero, and steps whole")
-            steps, seconds = (int(number), None) if match[2].startswith("step") else (None, number)
+            if match[2].startswith("step"):
+                steps = int(number)
+            else:
+                seconds = number * (60 if match[2].startswith("min") else 1)
     return CheckpointPolicy(
         every_steps=steps,
         every_seconds=seconds,

@@ -41,6 +41,7 @@ class ShuffledBatches:
         if state["count"] != self.count:
             raise ValueError(f"the data had {state['count']} samples, now it has {self.count}")
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self._shuffled = (-1, [])  # the order may be another seed's
 
     def _order(self) -> list[int]:
         if self._shuffled[0] != self.epoch:

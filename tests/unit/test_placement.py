@@ -1,0 +1,194 @@
+"""Which pool next. Plain values in, a plain value out: every story here is a list of what has happened so far."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.drivers.protocol import CapacityPool, Offer
+from holdfast.placement.policy import (
+    GiveUp,
+    Launch,
+    PastAttempt,
+    Situation,
+    decide,
+    failed_spot_attempts_in_a_row,
+    rank,
+    usd_per_useful_hour,
+)
+
+NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+
+
+def offer(zone: str, model: str = "spot", usd: float = 0.4, kind: str = "g5", interruptions: float = 0.0) -> Offer:
+    return Offer(
+        pool=CapacityPool("local", zone[:-1], zone, kind, model),  # type: ignore[arg-type]
+        usd_per_hour=usd,
+        on_demand_usd_per_hour=1.0,
+        vcpus=4,
+        memory_gib=16,
+        interruptions_per_hour=interruptions,
+    )
+
+
+OFFERS = [
+    *(offer(zone, "spot", usd) for zone, usd in (("a", 0.40), ("b", 0.41), ("c", 0.42))),
+    *(offer(zone, "on-demand", usd) for zone, usd in (("a", 1.00), ("b", 1.01), ("c", 1.02))),
+]
+
+
+def past(
+    what: str, zone: str = "a", minutes_ago: float = 0, model: str = "spot", progress: bool = False
+) -> PastAttempt:
+    return PastAttempt(
+        offer_zone=zone,
+        instance_type="g5",
+        provisioning_model=model,  # type: ignore[arg-type]
+        outcome=what,  # type: ignore[arg-type]
+        ended_at=NOW - minutes_ago * MINUTE,
+        made_progress=progress,
+    )
+
+
+def situation(*attempts: PastAttempt, **changes: Any) -> Situation:
+    given = {
+        "now": NOW,
+        "offers": OFFERS,
+        "attempts": attempts,
+        "provisioning": "spot-then-on-demand",
+        "failed_spot_attempts_to_fall_back": 3,
+        "max_attempts": 50,
+        "restart_seconds": 120.0,
+        "save_seconds": 1.0,
+    }
+    return Situation(**{**given, **changes})
+
+
+def chosen(*attempts: PastAttempt, **changes: Any) -> str:
+    """Zone and provisioning model of the next launch; '!' marks the step from spot to on-demand."""
+    decision = decide(situation(*attempts, **changes))
+    assert isinstance(decision, Launch)
+    pool = decision.offer.pool
+    return f"{pool.zone} {pool.provisioning_model}{'!' * decision.fell_back}"
+
+
+def test_a_run_begins_on_the_cheapest_spot_pool() -> None:
+    assert chosen() == "a spot"
+
+
+def test_after_three_failed_spot_attempts_it_goes_on_demand_in_another_zone() -> None:
+    story = [past("preempted", "a", 9), past("no-capacity", "b", 6), past("lost", "a", 3)]
+    assert [chosen(*story[:length]) for length in range(4)] == ["a spot", "b spot", "c spot", "b on-demand!"]
+
+
+def test_the_fallback_happens_once_and_lasts() -> None:
+    failed = [past("preempted", zone, 30) for zone in "abc"]
+    on_demand = past("program-failed", "b", 20, "on-demand", progress=True)
+    assert chosen(*failed, on_demand) == "a on-demand"
+
+
+def test_an_attempt_that_made_progress_begins_the_count_anew() -> None:
+    story = [past("preempted"), past("preempted"), past("preempted", progress=True), past("preempted")]
+    assert failed_spot_attempts_in_a_row(story) == 1
+    assert chosen(*story).endswith(" spot")
+    assert chosen(*story, past("no-capacity"), past("lost")).endswith(" on-demand!")
+
+
+@pytest.mark.parametrize("outcome", ["no-capacity", "quota", "preempted", "lost"])
+def test_what_the_cloud_did_counts_as_a_failed_spot_attempt(outcome: str) -> None:
+    assert failed_spot_attempts_in_a_row([past(outcome)] * 3) == 3
+
+
+@pytest.mark.parametrize("outcome", ["program-failed", "moved", "cancelled"])
+def test_what_the_program_or_a_person_did_does_not_count(outcome: str) -> None:
+    assert failed_spot_attempts_in_a_row([past("preempted"), past(outcome), past("preempted")]) == 2
+
+
+def test_the_job_says_after_how_many_failures() -> None:
+    assert chosen(past("lost"), failed_spot_attempts_to_fall_back=1).endswith(" on-demand!")
+    assert chosen(*[past("lost")] * 4, failed_spot_attempts_to_fall_back=5).endswith(" spot")
+
+
+def test_a_refused_pool_is_asked_after_the_others_for_ten_minutes() -> None:
+    refused_then_progress = [past("no-capacity", "a", 9.9), past("preempted", "b", 0, progress=True)]
+    assert chosen(*refused_then_progress) == "c spot"
+    long_ago = [past("no-capacity", "a", 10), past("preempted", "b", 0, progress=True)]
+    assert chosen(*long_ago) == "a spot"
+
+
+def test_when_every_pool_is_hot_the_zone_that_failed_just_now_comes_last() -> None:
+    story = [past("preempted", zone, 1, progress=True) for zone in "cba"]
+    assert [offered.pool.zone for offered in rank(OFFERS[:3], situation(*story))] == ["b", "c", "a"]
+
+
+def test_a_zone_without_spot_is_still_good_for_on_demand_but_after_the_others() -> None:
+    story = [past("no-capacity", "a", 3), past("no-capacity", "b", 2), past("no-capacity", "c", 1)]
+    assert chosen(*story) == "a on-demand!"
+    assert [offered.pool.zone for offered in rank(OFFERS[3:], situation(*story))] == ["a", "b", "c"]
+
+
+def test_a_run_that_was_moved_from_on_demand_tries_spot_again() -> None:
+    story = [past("lost", zone, 30) for zone in "abc"]
+    story += [past("moved", "b", 1, "on-demand")]
+    assert chosen(*story) == "a spot"
+    assert chosen(*story, past("lost", "a"), past("lost", "b")) == "c spot"
+    assert chosen(*story, past("lost", "a"), past("lost", "b"), past("lost", "c")).endswith(" on-demand!")
+
+
+def test_a_job_for_one_provisioning_model_gets_no_other() -> None:
+    assert chosen(*[past("lost", "a")] * 10, provisioning="spot") == "b spot"
+    assert chosen(provisioning="on-demand") == "a on-demand"
+
+
+def test_it_gives_up_at_max_attempts_and_says_so() -> None:
+    assert isinstance(decide(situation(*[past("lost")] * 4, max_attempts=5)), Launch)
+    decision = decide(situation(*[past("lost")] * 5, max_attempts=5))
+    assert isinstance(decision, GiveUp)
+    assert "5 attempts were made, which is max_attempts; raise it" in decision.reason
+
+
+def test_it_gives_up_when_nothing_of_the_model_fits() -> None:
+    decision = decide(situation(offers=OFFERS[3:]))
+    assert isinstance(decision, GiveUp) and "no spot pool fits" in decision.reason
+
+
+def test_the_reason_says_what_was_counted_and_what_it_costs() -> None:
+    decision = decide(situation(past("lost", "a"), past("lost", "b")))
+    assert isinstance(decision, Launch)
+    assert decision.reason == "2 of 3 spot attempts in a row failed; c at $0.420/h is the best of 3 pools"
+
+
+def test_a_cheap_pool_that_dies_every_minute_is_no_bargain() -> None:
+    restless, steady = offer("a", usd=0.40, interruptions=60.0), offer("b", usd=0.60, interruptions=0.01)
+    assert [offered.pool.zone for offered in rank([restless, steady], situation())] == ["b", "a"]
+
+
+def test_an_interruption_an_hour_with_2_minutes_to_restart_costs_a_thirtieth_and_the_saves() -> None:
+    flaky = offer("a", usd=1.0, interruptions=1.0)
+    assert usd_per_useful_hour(flaky, 120, 0) == pytest.approx(1 + 120 / 3600)
+    assert usd_per_useful_hour(flaky, 0, 2) == pytest.approx(1 + (2 * 2 / 3600) ** 0.5)
+    assert usd_per_useful_hour(offer("a", usd=1.0), 120, 2) == 1.0
+
+
+outcomes = st.sampled_from(["no-capacity", "quota", "preempted", "lost", "program-failed", "moved", "cancelled"])
+stories = st.lists(
+    st.builds(
+        past, outcomes, st.sampled_from("abc"), st.floats(0, 60), st.sampled_from(["spot", "on-demand"]), st.booleans()
+    ),
+    max_size=12,
+)
+
+
+@given(stories)
+def test_whatever_has_happened_the_same_story_gives_the_same_decision(story: list[PastAttempt]) -> None:
+    one, again = decide(situation(*story)), decide(situation(*story, offers=OFFERS[::-1]))
+    assert one == again
+    assert isinstance(one, Launch) and one.offer in OFFERS
+    if one.fell_back:
+        assert story[-1].provisioning_model == "spot"
+        assert failed_spot_attempts_in_a_row(story) >= 3

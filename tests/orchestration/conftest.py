@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,8 +76,15 @@ class Platform:
             json.dumps(body).encode() if body else None,
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        for patience in (0.5, 1, 2, 4, 0):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or not patience:  # its SQLite is busy: Prefect's own clients wait as well
+                    raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from error
+                time.sleep(patience)
+        raise AssertionError("unreachable")
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         return self.ask("flow_runs/filter", flows={"name": {"any_": [flow]}})

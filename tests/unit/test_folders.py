@@ -21,7 +21,7 @@ from holdfast.clock import WallClock
 from holdfast.errors import ConfigError, DamagedCheckpointError
 from holdfast.runtime import contract
 from holdfast.runtime.contract import checkpoint_prefix
-from holdfast.runtime.folders import FolderCheckpoints
+from holdfast.runtime.folders import LOOK_SECONDS, FolderCheckpoints
 from holdfast.storage import DirectoryStore
 from tests.unit.failing_store import FailingStore, unreachable
 
@@ -189,6 +189,17 @@ def test_what_the_program_left_complete_is_committed_at_its_end(store: Directory
     assert machine.committed() == [10]
 
 
+def test_a_damaged_folder_is_told_and_the_one_before_is_resumed_from(store: DirectoryStore, tmp_path: Path) -> None:
+    for step in (10, 20):
+        committer(store).commit(folder(tmp_path / str(step), weights=str(step).encode()), step)
+    store.delete(f"{checkpoint_prefix('run')}0001-000000000020/files/weights")
+    machine = OnTheMachine(tmp_path / "machine", store, attempt=2)
+    (told,) = machine.side.finish()
+    assert machine.environment[contract.RESUME_STEP] == "10"
+    assert (told["kind"], told["checkpoint"]) == ("damaged", "0001-000000000020")
+    assert "files/weights is missing" in told["error"]
+
+
 def test_a_store_that_fails_is_asked_again_and_the_failure_told(store: DirectoryStore, tmp_path: Path) -> None:
     machine = OnTheMachine(tmp_path / "one", FailingStore(store, at=[3], fail=unreachable))
     machine.write(10, weights=b"ten")
@@ -216,8 +227,8 @@ def test_a_program_that_removes_its_checkpoint_folder_goes_on_committing(store: 
     machine.write(10, weights=b"ten")
     wait_until(lambda: machine.committed() == [10])
     shutil.rmtree(machine.place)
-    looked = time.monotonic() + 0.5
-    wait_until(lambda: time.monotonic() > looked)  # it has looked at least twice meanwhile
+    looked_at = time.monotonic() + 2 * LOOK_SECONDS
+    wait_until(lambda: time.monotonic() > looked_at)
     machine.write(20, weights=b"twenty")
     wait_until(lambda: machine.committed() == [10, 20])
     shutil.rmtree(machine.place)

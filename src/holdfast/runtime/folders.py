@@ -41,7 +41,10 @@ class FolderCheckpoints:
         """Bring back the newest folder; the program's environment that says where it is."""
         self._folder.mkdir(parents=True, exist_ok=True)
         environment = {contract.CHECKPOINT_DIRECTORY: str(self._folder)}
-        if restored := self._committer.restore(self._folder):
+        restored = self._committer.restore(self._folder)
+        for checkpoint, error in self._committer.damaged:
+            self._tell("damaged", checkpoint=checkpoint, error=error)
+        if restored:
             self._committed, folder = restored
             self.restored_step = self._committed
             environment |= {contract.RESUME_DIRECTORY: str(folder), contract.RESUME_STEP: str(self._committed)}
@@ -63,7 +66,10 @@ class FolderCheckpoints:
             self._commit_newest()
 
     def _commit_newest(self) -> None:
-        complete = {int(path.name): path for path in self._folder.iterdir() if COMPLETE.match(path.name)}
+        try:
+            complete = {int(path.name): path for path in self._folder.iterdir() if COMPLETE.match(path.name)}
+        except OSError:  # the program has removed the folder; it may make it again
+            return
         if not complete or max(complete) <= self._committed:
             return
         step = max(complete)

@@ -86,6 +86,11 @@ def _code_files(folder: Path) -> Iterator[tuple[Path, str]]:
             path = Path(parent, name)
             if _ignored(relative / name, patterns) or not path.is_file():
                 continue
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(
+                    f"code: {(relative / name).as_posix()} is a link to {path.resolve()}, outside the code folder; copy "
+                    f"the file, or list the link in {IGNORE_FILE}"
+                )
             total += path.stat().st_size
             if total > MAX_CODE_BYTES:
                 raise ConfigError(

@@ -17,12 +17,12 @@ the SIGKILL: seconds are rather counted too many than too few. Its phases:
 
 **Holdfast's own share** is all of it but two things. *The boot of the machine*: from the accepted launch to the first
 line of the start-up script; on the local cloud the start of the host process, in a cloud the virtual machine and its
-operating system. Fetching the bundle and starting the agent come after it, and are ours. *The import of torch*: what a
-bare process needs for `import torch` and the parts of torch that the first optimizer imports, measured in this session
-between the runs, and never counted higher than the program took from its start to `attach()`. So the rest of the
+operating system. Fetching the bundle and starting the agent come after it, and are ours. *The import of torch*: what
+`import torch` and the parts of torch that the first optimizer imports took on that very machine. The rest of the
 program's start (interpreter, building the model) and the first step itself are in our share, though no doing of ours.
-On a busy machine the import takes twice as long at one time as at another, and what it takes beyond its bare median is
-in our share too; the last line of the table leaves the program's start out altogether, and is the steadier one.
+
+A bare process, without Holdfast, does the same up to the line that calls attach(), before, between and after the runs:
+were the program's start slower under Holdfast than bare, beyond the noise, it would show in the table.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.drivers.local import LocalDriver
     from holdfast.ledger.run_state import Attempt
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -58,18 +58,21 @@ CHECKPOINT_STEPS = 10
 TRIGGER_OFFSET = 7
 """Kills come so many steps after a checkpoint: they lose work, as kills do."""
 
-# What the example's program does before it reaches its loop, with nothing of Holdfast in it.
-BARE_PROGRAM = """
-import json, runpy, sys, time, types
+# Runs the example, and notes how long torch's import took; without an agent it ends where the example calls attach().
+PROGRAM = """
+import json, os, runpy, sys, time, types
 began = time.time()
 import torch, torch._dynamo  # the second is what the first optimizer would import
-imported = time.time()
+seconds = time.time() - began
+attempt = os.environ.get("HOLDFAST_ATTEMPT", "bare")
+with open(f"{os.environ['IMPORT_TIMES']}-{attempt}", "w") as note:
+    note.write(repr(seconds))
 def attach(**_):
-    print(json.dumps({"import": imported - began, "attach_at": time.time()}))
+    print(time.time())
     raise SystemExit
-sys.modules["holdfast"] = types.SimpleNamespace(attach=attach)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+if attempt == "bare":
+    sys.modules["holdfast"] = types.SimpleNamespace(attach=attach)
+runpy.run_path("gpt.py", run_name="__main__")
 """
 
 
@@ -84,6 +87,8 @@ class Recovery:
     boot_of_machine: float
     boot_of_agent: float
     start_of_program: float
+    torch_import: float
+    """Part of the program's start."""
     restore: float
     first_step: float
 
@@ -103,8 +108,9 @@ class Recovery:
     def without_program_start(self) -> float:
         return self.total - self.boot_of_machine - self.start_of_program
 
-    def own(self, torch_import: float) -> float:
-        return self.total - self.boot_of_machine - min(torch_import, self.start_of_program)
+    @property
+    def own(self) -> float:
+        return self.total - self.boot_of_machine - self.torch_import
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +140,10 @@ def measure(kills: int) -> tuple[list[Recovery], list[BareStart]]:
     recoveries: list[Recovery] = []
     bare: list[BareStart] = []
     with workplace() as folder:
+        code = folder / "code"
+        code.mkdir()
+        shutil.copy(EXAMPLES / "gpt.py", code)
+        (code / "timed.py").write_text(PROGRAM)
         while len(recoveries) < kills:
             bare.append(start_bare(folder))
             of_this_run = min(KILLS_PER_RUN, kills - len(recoveries))
@@ -143,7 +153,7 @@ def measure(kills: int) -> tuple[list[Recovery], list[BareStart]]:
                 print(
                     f"kill {len(recoveries)} of {kills}: after step {recovery.killed_after_step}, going on from step "
                     f"{recovery.resumed_from_step}; {recovery.total:.2f} s to the first new step, of which "
-                    f"{recovery.own(bare[-1].torch_import):.2f} s are Holdfast's",
+                    f"{recovery.own:.2f} s are Holdfast's",
                     flush=True,
                 )
         bare.append(start_bare(folder))
@@ -181,9 +191,10 @@ def interrupted_run(folder: Path, number: int, kills: int) -> list[Recovery]:
     steps = [STEPS_BETWEEN_KILLS * kill + TRIGGER_OFFSET for kill in range(1, kills + 1)]
     job = TrainingJob(
         name="recovery",
-        script="gpt.py",
+        script="timed.py",
         args=["--steps", str(steps[-1] + CHECKPOINT_STEPS)],
-        code=str(EXAMPLES),
+        code=str(folder / "code"),
+        env={"IMPORT_TIMES": str(folder / f"import-{number}")},
         checkpointing=Checkpointing(every=f"{CHECKPOINT_STEPS} steps"),
         fallback=Fallback(after_failed_spot_attempts=1000),
         max_run_hours=1,
@@ -201,10 +212,13 @@ def interrupted_run(folder: Path, number: int, kills: int) -> list[Recovery]:
     if [attempt.outcome for attempt in attempts] != ["preempted"] * kills + ["finished"]:
         outcomes = ", ".join(str(attempt.outcome) for attempt in attempts)
         raise SystemExit(f"run {number} was to lose {kills} machines and to finish; its attempts ended: {outcomes}")
-    return [recovery(before, after, driver, folder / f"cloud-{number}") for before, after in pairwise(attempts)]
+    return [
+        recovery(before, after, folder / f"cloud-{number}", folder / f"import-{number}-{after.number}")
+        for before, after in pairwise(attempts)
+    ]
 
 
-def recovery(before: Attempt, after: Attempt, driver: LocalDriver, cloud: Path) -> Recovery:
+def recovery(before: Attempt, after: Attempt, cloud: Path, import_time: Path) -> Recovery:
     """From the end of one attempt to the first step of the next."""
     if not before.detected_at or not after.launched_at:
         raise SystemExit(f"attempts {before.number} and {after.number} have no end or no launch in the journal")
@@ -221,7 +235,12 @@ def recovery(before: Attempt, after: Attempt, driver: LocalDriver, cloud: Path) 
     }
     if backwards := [name for name, length in seconds.items() if length < 0]:
         raise SystemExit(f"attempt {after.number}: {', '.join(backwards)} ended before beginning: {instants}")
-    return Recovery(killed_after_step=before.last_step or 0, resumed_from_step=after.resumed_step or 0, **seconds)
+    return Recovery(
+        killed_after_step=before.last_step or 0,
+        resumed_from_step=after.resumed_step or 0,
+        torch_import=float(import_time.read_text()),
+        **seconds,
+    )
 
 
 def mark(attempt: Attempt, name: str) -> datetime:
@@ -238,12 +257,13 @@ def changed_at(path: Path) -> datetime:
 
 
 def start_bare(folder: Path) -> BareStart:
-    """The same program on a quiet machine, without Holdfast, up to the line that calls attach()."""
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONUNBUFFERED": "1", "HOME": str(folder)}
+    """The same program between the runs, without Holdfast, up to the line that calls attach()."""
+    note = folder / "import-bare"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HOME": str(folder), "IMPORT_TIMES": str(folder / "import")}
     began = time.time()
     output = subprocess.run(
-        [sys.executable, "-c", BARE_PROGRAM, str(EXAMPLES / "gpt.py")],
-        cwd=EXAMPLES,
+        [sys.executable, "timed.py"],
+        cwd=folder / "code",
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -251,13 +271,11 @@ def start_bare(folder: Path) -> BareStart:
     )
     if output.returncode:
         raise SystemExit(f"the bare program failed:\n{output.stderr}")
-    told = json.loads(output.stdout)
-    return BareStart(start_of_program=told["attach_at"] - began, torch_import=told["import"])
+    return BareStart(start_of_program=float(output.stdout) - began, torch_import=float(note.read_text()))
 
 
 def report(recoveries: Sequence[Recovery], bare: Sequence[BareStart], seconds: float) -> dict[str, Any]:
-    torch_import = median(start.torch_import for start in bare)
-    own = [recovery.own(torch_import) for recovery in recoveries]
+    own = [recovery.own for recovery in recoveries]
     rows = {
         "detect": [one.detect for one in recoveries],
         "provision": [one.provision for one in recoveries],
@@ -266,6 +284,7 @@ def report(recoveries: Sequence[Recovery], bare: Sequence[BareStart], seconds: f
         "boot: bundle and agent": [one.boot_of_agent for one in recoveries],
         "load": [one.load for one in recoveries],
         "load: the program's start": [one.start_of_program for one in recoveries],
+        "load: of it, the import of torch (not ours)": [one.torch_import for one in recoveries],
         "load: the checkpoint": [one.restore for one in recoveries],
         "first step": [one.first_step for one in recoveries],
         "total": [one.total for one in recoveries],
@@ -280,7 +299,6 @@ def report(recoveries: Sequence[Recovery], bare: Sequence[BareStart], seconds: f
         "target_seconds": TARGET_SECONDS,
         "kills": len(recoveries),
         "total_seconds_median": round(median(one.total for one in recoveries), 4),
-        "torch_import_seconds_median": round(torch_import, 4),
         "phases": {
             name: {"median": round(median(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
             for name, values in rows.items()

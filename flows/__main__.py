@@ -116,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a job to its end, on spot machines")
     train.add_argument("job", type=Path, help="YAML file of a TrainingJob")
-    train.add_argument("--budget", help="name of a spending-budget block")
-    train.add_argument("--run-id", help="go on with the run of that name, or give a new one this name")
-    train.add_argument("--notify", help="notification block, as type/name")
+    train.add_argument("--budget", default="", help="name of a spending-budget block")
+    train.add_argument("--run-id", default="", help="go on with the run of that name, or give a new one this name")
+    train.add_argument("--notify", default="", help="notification block, as type/name")
     train.set_defaults(command=train_command)
 
     rehearse = commands.add_parser("rehearse", help="run a job on the local cloud with preemptions, and judge it")

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
+from prefect.transactions import CommitMode, transaction
 
 from blocks import load_account, load_budget, load_store
 from flows.display import terminal_watchers
@@ -29,9 +30,9 @@ def train(
     job: TrainingJob,
     account: str = "local",
     store: str = "local",
-    budget: str | None = None,
-    run_id: str | None = None,
-    notify: str | None = None,
+    budget: str = "",
+    run_id: str = "",
+    notify: str = "",
 ) -> dict[str, Any]:
     """Train a job on spot machines; fall back to on-demand when spot fails; end with a cost summary that adds up.
 
@@ -39,9 +40,9 @@ def train(
         job: What to train, and within which limits.
         account: Name of the account block that machines come from. `local` is the cloud in a box.
         store: Name of the checkpoint-store block. `local` is the folder .holdfast.
-        budget: Name of the spending-budget block that caps the cost; none: only the job's own max_run_hours.
+        budget: Name of the spending-budget block that caps the cost. Empty: only the job's own max_run_hours.
         run_id: Name of the run. The same name again goes on with that run, from its journal. Empty: a new run.
-        notify: A notification block, as type/name, that gets the summary.
+        notify: A notification block, as type/name, that gets the summary. Empty: none.
     """
     if notify:
         load_notification(notify)
@@ -57,7 +58,7 @@ def train(
     return summary
 
 
-def carry_out(run: TrainingRun, notify: str | None = None) -> dict[str, Any]:
+def carry_out(run: TrainingRun, notify: str = "") -> dict[str, Any]:
     """Train to the end, settle, publish: whatever happens, no machine is left and the summary is there."""
     with run, terminal_watchers(run) as watchers:
         try:
@@ -84,13 +85,15 @@ def carry_out(run: TrainingRun, notify: str | None = None) -> dict[str, Any]:
 
 def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:
     """Attempts until one finishes. Preemption is retried by the task; a failing program has a budget of its own."""
-    for left in range(run.job.max_program_failures, -1, -1):
-        try:
-            one_attempt.with_options(retries=run.job.max_attempts)(run, watchers)
-            return
-        except ProgramFailedError:
-            if not left:
-                raise
+    # What an attempt's tasks have done stays done: else Prefect would name them all RolledBack once it is preempted.
+    with transaction(commit_mode=CommitMode.EAGER):
+        for left in range(run.job.max_program_failures, -1, -1):
+            try:
+                one_attempt.with_options(retries=run.job.max_attempts)(run, watchers)
+                return
+            except ProgramFailedError:
+                if not left:
+                    raise
 
 
 @task(name="attempts", retry_condition_fn=only_preemption, cache_policy=NO_CACHE)

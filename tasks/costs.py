@@ -13,7 +13,7 @@ from prefect.blocks.core import Block
 
 from holdfast.checkpoint.reader import read_metrics
 from holdfast.errors import ConfigError
-from holdfast.ledger.summary import headline, summarise, to_markdown
+from holdfast.ledger.summary import summarise, to_markdown
 from holdfast.ledger.timeline import draw_timeline
 from holdfast.supervision.training_run import TrainingRun
 
@@ -36,7 +36,7 @@ TABLE_COLUMNS = (
 )
 
 
-def publish_summary(run: TrainingRun, notify: str | None = None) -> dict[str, Any]:
+def publish_summary(run: TrainingRun, notify: str = "") -> dict[str, Any]:
     """summary.json, summary.md and timeline.png in the store and in the run's folder here, and Prefect's artifacts.
 
     A plain function: a flow that is being cancelled may start no task any more, and must publish all the same.
@@ -62,7 +62,12 @@ def publish_summary(run: TrainingRun, notify: str | None = None) -> dict[str, An
 
 
 def _publish_artifacts(run_id: str, summary: dict[str, Any], markdown: str, picture: bytes) -> None:
-    create_markdown_artifact(markdown, key=f"cost-summary-{run_id}", description=headline(summary))
+    image = "data:image/png;base64," + base64.b64encode(picture).decode()
+    create_markdown_artifact(
+        f"{markdown}\n\n![Machines as bars, the loss above them]({image})\n",
+        key=f"cost-summary-{run_id}",
+        description=f"What run {run_id} did and what it cost",
+    )
     rows = [{name: attempt[name] for name in TABLE_COLUMNS} for attempt in summary["attempts"]]
     total = dict.fromkeys(TABLE_COLUMNS) | {
         "number": "total",
@@ -71,11 +76,7 @@ def _publish_artifacts(run_id: str, summary: dict[str, Any], markdown: str, pict
         "usd": summary["usd_total"],
     }
     create_table_artifact([*rows, total], key=f"attempts-{run_id}", description=f"Attempts of run {run_id}")
-    create_image_artifact(
-        "data:image/png;base64," + base64.b64encode(picture).decode(),
-        key=f"timeline-{run_id}",
-        description=f"Machines and loss of run {run_id}",
-    )
+    create_image_artifact(image, key=f"timeline-{run_id}", description=f"Machines and loss of run {run_id}")
 
 
 def load_notification(name: str) -> Block:

@@ -123,8 +123,8 @@ class TrainingJob(Strict):
     name: str = Field(
         title="Name", description="Letters, digits and dashes; names the runs.", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$"
     )
-    script: str | None = Field(None, title="Script", description="A Python file below the code folder.")
-    module: str | None = Field(None, title="Module", description="Run as python -m MODULE, from the code folder.")
+    script: str = Field("", title="Script", description="A Python file below the code folder.")
+    module: str = Field("", title="Module", description="Run as python -m MODULE, from the code folder.")
     command: list[str] = Field([], title="Command", description="Any program and its arguments, instead of a script.")
     args: list[str] = Field([], title="Arguments", description="Passed on to the script, module or command as given.")
     env: dict[str, str] = Field(

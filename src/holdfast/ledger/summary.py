@@ -104,7 +104,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"- Instance hours: {summary['instance_hours']['spot']:.3f} spot, "
         f"{summary['instance_hours']['on-demand']:.3f} on-demand",
         f"- Lost: {summary['lost_steps']} steps, {summary['lost_seconds']:.1f} s, ${summary['lost_usd']:.4f}",
-        f"- Recovery: {_or_dash(summary['recovery_seconds_median'])} s median over "
+        f"- Recovery: {_seconds(summary['recovery_seconds_median'])} median over "
         f"{len(summary['recovery_seconds'])} interruptions",
         f"- Checkpoints: {checkpoints['commits']}, {checkpoints['bytes_per_commit'] / 1e6:.1f} MB each, "
         f"{checkpoints['overhead_fraction']:.2%} of the training time",
@@ -181,6 +181,10 @@ def _checkpoints(state: RunState) -> dict[str, Any]:
         "seconds": {name: round(seconds, 4) for name, seconds in sorted(totals.items())},
         "overhead_fraction": round(totals.get("stall_seconds", 0.0) / training, 5) if training else 0.0,
     }
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} s"
 
 
 def _or_dash(value: object) -> object:

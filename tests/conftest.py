@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from holdfast.storage import DirectoryStore
@@ -58,12 +60,16 @@ def store(folder: Path, prefect_api: str) -> DirectoryStore:
     return DirectoryStore(folder / ".holdfast")
 
 
-def needs(tool: str) -> None:
-    """Skip where a tool is missing; where HOLDFAST_NO_SKIPS is set, that is a failure."""
-    import shutil
+def command_lines_with(text: str) -> list[str]:
+    """Of every living process on this computer."""
+    lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return [line for line in lines if text in line]
 
-    if shutil.which(tool):
-        return
-    if os.environ.get("HOLDFAST_NO_SKIPS"):
-        pytest.fail(f"{tool} is not installed, and HOLDFAST_NO_SKIPS is set")
-    pytest.skip(f"{tool} is not installed")
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Where HOLDFAST_NO_SKIPS is set, everything that tests need is there: a skip is a failure."""
+    report = yield
+    if report.skipped and os.environ.get("HOLDFAST_NO_SKIPS"):
+        report.outcome, report.longrepr = "failed", f"skipped, and HOLDFAST_NO_SKIPS is set: {report.longrepr}"
+    return report

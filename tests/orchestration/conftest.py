@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import _free_port
+from tests.conftest import _free_port, command_lines_with
 
 REPOSITORY = Path(__file__).parents[2]
 LEFT_BEHIND = shutil.ignore_patterns(
@@ -100,8 +100,7 @@ class Platform:
 
     def processes(self) -> list[str]:
         """Command lines of machines' processes."""
-        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listing.splitlines() if f"{self.folder}/.holdfast/clouds" in line]
+        return command_lines_with(f"{self.folder}/.holdfast/clouds")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:

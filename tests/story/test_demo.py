@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.ledger.billing import add_usd
+from tests.conftest import command_lines_with
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -43,5 +44,4 @@ def test_the_demonstration_survives_its_market_and_hands_over_a_bill_that_adds_u
         assert place in done.stdout
     assert (path.parent / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert done.stderr == ""
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert [line for line in listing.splitlines() if str(folder) in line] == []
+    assert command_lines_with(str(folder)) == []

@@ -56,8 +56,11 @@ def line_of(driver: Driver, machine: Machine, beginning: str) -> str:
     """The rest of the first console line that begins so."""
 
     def said() -> list[str]:
-        whole = driver.console(machine.id).rpartition("\n")[0]
-        return [line for line in whole.splitlines() if line.startswith(beginning)]
+        over = described(driver, machine).state == "terminated"
+        console = driver.console(machine.id)
+        lines = [line for line in console.rpartition("\n")[0].splitlines() if line.startswith(beginning)]
+        assert lines or not over, f"the machine has ended and never said {beginning!r}:\n{console}"
+        return lines
 
     return wait_for(said)[0].removeprefix(beginning).strip()
 

@@ -73,7 +73,7 @@ class AwsMetadata:
         return Notice(kind=kind, reclaim_at=at, seen_at=self._clock.now())
 
     def _renew_token(self) -> None:
-        status, body = _request(
+        status, body, _ = _request(
             self._endpoint, "PUT", "latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}
         )
         if status != 200:
@@ -82,7 +82,7 @@ class AwsMetadata:
 
     def _get(self, path: str) -> str | None:
         for _ in range(2):
-            status, body = _request(self._endpoint, "GET", path, {"X-aws-ec2-metadata-token": self._token})
+            status, body, _ = _request(self._endpoint, "GET", path, {"X-aws-ec2-metadata-token": self._token})
             if status != 401:
                 break
             self._renew_token()  # tokens end, and a machine may outlive many
@@ -96,6 +96,7 @@ class GcpMetadata:
 
     def __init__(self, clock: Clock, host: str) -> None:
         self._clock, self._endpoint = clock, f"http://{host}"
+        self._etag = ""
 
     def answers(self) -> bool:
         try:
@@ -110,17 +111,20 @@ class GcpMetadata:
         return Notice(kind="preemption", reclaim_at=now + timedelta(seconds=GCP_NOTICE_SECONDS), seen_at=now)
 
     def wait_for_change(self, seconds: int) -> None:
-        """Return when `preempted` changes, or after `seconds` of the wall."""
+        """Return when `preempted` is another than `notice` last saw, or after `seconds` of the wall."""
+        # With the last ETag: without it, a change between the two questions would be waited past.
+        # https://cloud.google.com/compute/docs/metadata/querying-metadata#etags
+        query = f"wait_for_change=true&timeout_sec={seconds}" + (f"&last_etag={self._etag}" if self._etag else "")
         _request(
             self._endpoint,
             "GET",
-            f"computeMetadata/v1/instance/preempted?wait_for_change=true&timeout_sec={seconds}",
+            f"computeMetadata/v1/instance/preempted?{query}",
             {"Metadata-Flavor": "Google"},
             seconds + TIMEOUT_SECONDS,
         )
 
     def _preempted(self) -> str | None:
-        status, body = _request(
+        status, body, self._etag = _request(
             self._endpoint, "GET", "computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"}
         )
         return body.strip() if status == 200 else None
@@ -138,12 +142,13 @@ def candidate_services(clock: Clock) -> Iterator[MetadataService]:
 
 def _request(
     endpoint: str, method: str, path: str, headers: dict[str, str], timeout: float = TIMEOUT_SECONDS
-) -> tuple[int, str]:
+) -> tuple[int, str, str]:
+    """Status, body and ETag."""
     parts = urlsplit(endpoint)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout)
     try:
         connection.request(method, f"{parts.path.rstrip('/')}/{path}", headers=headers)
         response = connection.getresponse()
-        return response.status, response.read().decode()
+        return response.status, response.read().decode(), response.headers.get("ETag", "")
     finally:
         connection.close()

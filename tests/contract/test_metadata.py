@@ -29,8 +29,10 @@ class Cloud:
         self.root = root
         self.driver: LocalDriver
 
-    def machine(self, dialect: str, program: str, fate: Fate | None = None, **changes: Any) -> Machine:
-        self.driver = driver_of(self.root, fate or Fate(), clock_speed=SPEED)
+    def machine(
+        self, dialect: str, program: str, fate: Fate | None = None, speed: float = SPEED, **changes: Any
+    ) -> Machine:
+        self.driver = driver_of(self.root, fate or Fate(), clock_speed=speed)
         say = "import json\ndef say(**facts): print('said:', json.dumps(facts, default=str), flush=True)\n"
         script = f"cat > program.py <<'END'\n{say}{program}\nEND\nexec {sys.executable} program.py"
         library = str(Path(__file__).parents[2] / "src")
@@ -38,8 +40,10 @@ class Cloud:
             request("run-1", script, POOLS[dialect], environment={"PYTHONPATH": library}, **changes)
         )
 
-    def said_by(self, dialect: str, program: str, fate: Fate | None = None, **changes: Any) -> dict[str, Any]:
-        self.last = self.machine(dialect, program, fate, **changes)
+    def said_by(
+        self, dialect: str, program: str, fate: Fate | None = None, speed: float = SPEED, **changes: Any
+    ) -> dict[str, Any]:
+        self.last = self.machine(dialect, program, fate, speed, **changes)
         return json.loads(line_of(self.driver, self.last, "said:"))
 
 
@@ -131,7 +135,7 @@ say(zone=get("meta-data/placement/availability-zone")[1], kind=get("meta-data/in
 
 
 def test_rebalance_comes_first_then_both_forms_of_the_notice_then_the_end_at_the_announced_time(cloud: Cloud) -> None:
-    """Launched at 0 s, recommended to move at 30 s, warned at 60 s of what comes at 180 s, and gone at 180 s."""
+    """Launched at 0 s, recommended to move at 60 s, warned at 120 s of what comes at 240 s, and gone at 240 s."""
     said = cloud.said_by(
         "aws",
         IMDS
@@ -145,18 +149,18 @@ while len(seen) < 3:
 say(**seen)
 time.sleep(300)
 """,
-        Fate(after_seconds=60, rebalance_seconds_before=30),
+        Fate(after_seconds=120, rebalance_seconds_before=60),
     )
     launched_at = cloud.last.launched_at
     (rebalance_at, rebalance), (action_at, action), (_, time) = (
         said[path] for path in ("events/recommendations/rebalance", "spot/instance-action", "spot/termination-time")
     )
-    assert timedelta(seconds=30) <= datetime.fromisoformat(rebalance_at) - launched_at
+    assert timedelta(seconds=60) <= datetime.fromisoformat(rebalance_at) - launched_at
     assert datetime.fromisoformat(rebalance_at) < datetime.fromisoformat(action_at)
     assert json.loads(rebalance).keys() == {"noticeTime"}
     assert json.loads(action) == {"action": "terminate", "time": time}
     reclaim_at = datetime.fromisoformat(time)
-    assert timedelta(seconds=179) <= reclaim_at - launched_at
+    assert timedelta(seconds=239) <= reclaim_at - launched_at
     over = ended(cloud.driver, cloud.last)
     assert over.reason == "preempted" and over.terminated_at
     # It goes when the announced second has begun, and then soon: a second of this computer's is a minute here.
@@ -224,11 +228,13 @@ def test_who_waits_for_a_change_is_told_of_the_preemption_when_it_is_decided(clo
         GCE
         + """
 before = get("preempted?wait_for_change=true&timeout_sec=0")[1]
+print("holdfast: step 1", flush=True)
 after = get("preempted?wait_for_change=true&timeout_sec=60")[1]
 say(before=before, after=after, at=clock.now().isoformat())
 time.sleep(300)
 """,
-        Fate(after_seconds=60),
+        Fate(at_step=1),
+        speed=10.0,
         shutdown_script='echo "shutting down: $HOLDFAST_MACHINE_ID"; sleep 300',
     )
     assert (said["before"], said["after"]) == ("FALSE", "TRUE")
@@ -236,9 +242,7 @@ time.sleep(300)
     over = ended(cloud.driver, cloud.last)
     assert over.reason == "preempted" and over.terminated_at
     told_at = datetime.fromisoformat(said["at"])
-    assert told_at - cloud.last.launched_at >= timedelta(seconds=60)
-    assert over.terminated_at - cloud.last.launched_at >= timedelta(seconds=90)
-    assert told_at < over.terminated_at
+    assert timedelta(seconds=15) < over.terminated_at - told_at <= timedelta(seconds=45)
 
 
 def test_a_machine_on_aws_runs_no_shutdown_script(cloud: Cloud) -> None:
@@ -258,6 +262,7 @@ from holdfast.runtime.watchers import NoticeWatcher
 heard = []
 watcher = NoticeWatcher(clock_from_environment(), 5.0, lambda notice: heard.append(notice.to_json()))
 watcher.start()
+print("holdfast: step 1", flush=True)
 watcher.join()
 say(dialect=watcher.dialect, heard=heard)
 import time; time.sleep(300)
@@ -266,13 +271,13 @@ import time; time.sleep(300)
 
 @pytest.mark.parametrize(("dialect", "notice_seconds"), [("aws", 120), ("gcp", 30)])
 def test_the_watcher_hears_each_dialect_in_time(cloud: Cloud, dialect: str, notice_seconds: int) -> None:
-    said = cloud.said_by(dialect, WATCH, Fate(after_seconds=60))
+    said = cloud.said_by(dialect, WATCH, Fate(at_step=1), speed=notice_seconds / 2)
     assert (said["dialect"], [notice["kind"] for notice in said["heard"]]) == (dialect, ["preemption"])
     (notice,) = said["heard"]
     reclaim_at, seen_at = (datetime.fromisoformat(notice[name]) for name in ("reclaim_at", "seen_at"))
     over = ended(cloud.driver, cloud.last)
     assert over.terminated_at and seen_at < over.terminated_at
-    assert timedelta(seconds=59 + notice_seconds) <= reclaim_at - over.launched_at
+    assert timedelta(seconds=notice_seconds / 2) < reclaim_at - seen_at <= timedelta(seconds=notice_seconds)
 
 
 def test_the_watcher_hears_the_recommendation_before_the_notice(cloud: Cloud) -> None:

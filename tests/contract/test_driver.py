@@ -99,9 +99,15 @@ def test_two_processes_that_launch_one_token_at_once_get_one_machine(make: Make,
     driver = make()
     racers = [
         in_another_process(
-            "driver = driver_of(Path(sys.argv[1]))\n"
-            "input()\n"
-            "print(*[driver.launch(request(f'run-{n}', 'echo started; exec sleep 300')).id for n in range(3)])",
+            """
+from concurrent.futures import ThreadPoolExecutor
+driver = driver_of(Path(sys.argv[1]))
+input()
+for number in range(3):
+    with ThreadPoolExecutor(4) as pool:
+        asked = [request(f"run-{number}", "echo started; exec sleep 300")] * 4
+        print(*{machine.id for machine in pool.map(driver.launch, asked)})
+""",
             tmp_path / "cloud",
         )
         for _ in range(2)
@@ -111,7 +117,7 @@ def test_two_processes_that_launch_one_token_at_once_get_one_machine(make: Make,
         racer.stdin.write("go\n")
         racer.stdin.flush()
     one, other = (racer.communicate(timeout=60)[0].split() for racer in racers)
-    assert one == other and len(set(one)) == 3
+    assert one == other and len(set(one)) == len(one) == 3
     machines = driver.machines({})
     assert sorted(machine.id for machine in machines) == sorted(one)
     for machine in machines:

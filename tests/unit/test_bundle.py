@@ -130,8 +130,8 @@ def test_the_agent_s_orders_are_the_job_s(tmp_path: Path) -> None:
         "env": {"A": "b"},
         "notice_poll_seconds": 2.0,
     }
-    assert orders(tmp_path, script=None, module="pkg.train", args=["x"])["command"] == ["-m", "pkg.train", "x"]
-    command = orders(tmp_path, script=None, command=["./run.sh", "1"], args=["2"])
+    assert orders(tmp_path, script="", module="pkg.train", args=["x"])["command"] == ["-m", "pkg.train", "x"]
+    command = orders(tmp_path, script="", command=["./run.sh", "1"], args=["2"])
     assert (command["python"], command["command"]) == (False, ["./run.sh", "1", "2"])
 
 

@@ -37,7 +37,7 @@ def there_and_back(value: Any) -> Any:
         kept[path] = leaf
         return path
 
-    text = json.dumps(flatten(value, "state", take))
+    text = json.dumps(flatten(value, "state", take), allow_nan=False)
     return unflatten(json.loads(text), kept.__getitem__)
 
 

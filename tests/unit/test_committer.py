@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ class Telemetry:
     def events(self, kind: str) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in self.path.read_text().splitlines()]
         return [record for record in records if record["kind"] == kind]
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """As `events`, but waits for the first: it is told just after the commit."""
+        give_up_at = time.monotonic() + LONG
+        while not (found := self.events(kind)):
+            assert time.monotonic() < give_up_at, f"no {kind} was told"
+            time.sleep(0.005)
+        return found
 
 
 @pytest.fixture
@@ -94,7 +103,7 @@ def test_what_was_offered_becomes_durable_to_the_bit(store: DirectoryStore, tele
     checkpoints, (checkpoint,) = Checkpoints(store, "run"), committed(store)
     state = decode(checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), STATE))
     assert torch.equal(state["weights"], torch.full((4,), 10.0))
-    event = telemetry.events("committed")[0]
+    event = telemetry.told("committed")[0]
     assert (event["step"], event["snapshot_seconds"], made.committed_step) == (10, 0.25, 10)
     assert event["bytes"] == sum(info.size_bytes for info in list_checkpoints(store, "run"))
 
@@ -172,7 +181,7 @@ def test_an_answer_lost_after_the_manifest_was_written_is_a_commit_all_the_same(
     made.offer(snapshot(10))
     assert made.wait(10, LONG)
     assert committed(store) == [CheckpointId(1, 10)]
-    assert [event["step"] for event in telemetry.events("committed")] == [10]
+    assert [event["step"] for event in telemetry.told("committed")] == [10]
 
 
 def test_a_zombie_of_an_earlier_attempt_is_fenced(store: DirectoryStore, telemetry: Telemetry) -> None:

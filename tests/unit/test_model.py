@@ -96,7 +96,6 @@ def test_a_gpu_by_name_on_a_machine_without_gpus_is_a_contradiction() -> None:
 @pytest.mark.parametrize(
     ("program", "named"),
     [
-        ({"script": None}, "none"),
         ({"script": ""}, "none"),
         ({"script": "a.py", "module": "a"}, "script and module"),
         ({"script": "a.py", "module": "a", "command": ["./a"]}, "script and module and command"),

@@ -14,6 +14,7 @@ import pytest
 
 from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
 from holdfast.storage import DirectoryStore, ObjectStore, open_store
+from holdfast.storage.directory import STAGED_SUFFIX
 
 STORES: dict[str, Callable[[Path], ObjectStore]] = {"directory": lambda folder: DirectoryStore(folder / "objects")}
 
@@ -311,3 +312,14 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(open_folder
     without_privileges(lambda: raises_transient(lambda: store.create("checkpoints/manifest", b"y")))
     (open_folder / "checkpoints").chmod(0o755)
     assert keys(store) == ["checkpoints/manifest"]
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put("a/object", b"whole")
+    young, old = tmp_path / f"a/b.1{STAGED_SUFFIX}", tmp_path / f"a/b.2{STAGED_SUFFIX}"
+    young.write_bytes(b"half")
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert [info.key for info in store.list("")] == ["a/object"]
+    assert young.exists() and not old.exists()

@@ -85,6 +85,14 @@ def test_a_bad_field_is_refused(case: str, folder: Path, capsys: pytest.CaptureF
     assert [word for word in words if word not in said] == [], said
 
 
+def test_code_that_leads_out_of_its_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "secret").write_text("not yours")
+    (folder / "code").mkdir()
+    (folder / "code/link").symlink_to(folder / "secret")
+    said = refusal(folder, capsys)
+    assert "code: link is a link to" in said and "copy the file" in said
+
+
 def test_every_problem_is_said_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(folder, capsys, script="nowhere.py", resources={"zones": ["local-9z"]})
     assert "'nowhere.py'" in said and "'local-9z'" in said

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from holdfast.errors import AlreadyExistsError
+from holdfast.errors import AlreadyExistsError, TransientError
 from holdfast.ledger.journal import Entry, Journal
-from holdfast.storage import DirectoryStore
-from tests.unit.failing_store import FailingStore
+from holdfast.storage import DirectoryStore, ObjectStore
+from holdfast.storage.protocol import Data
+from tests.unit.failing_store import FailingStore, unreachable
 
 AT = datetime(2026, 11, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 
@@ -23,7 +25,7 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store")
 
 
-def journal(store: DirectoryStore) -> Journal:
+def journal(store: ObjectStore) -> Journal:
     return Journal(store, "runs/a/journal/")
 
 
@@ -67,6 +69,25 @@ def test_who_is_late_decides_anew_on_what_the_other_wrote(store: DirectoryStore)
     assert written and (written.number, written.fields) == (2, {"usd": 10})
 
 
+def test_a_write_whose_answer_was_lost_is_not_taken_for_another_writer_s(store: DirectoryStore) -> None:
+    class AnswerLost(FailingStore):
+        def create(self, key: str, data: Data | Iterable[Data]) -> None:
+            store.create(key, data)
+            raise TransientError("written, but nobody said so")
+
+    writer = journal(AnswerLost(store))
+    assert writer.append("one", AT).number == 1
+    assert writer.append("two", AT).number == 2
+    assert [entry.kind for entry in journal(store).read()] == ["one", "two"]
+
+
+def test_a_write_that_did_not_happen_is_an_error(store: DirectoryStore) -> None:
+    writer = journal(FailingStore(store, at=[1], fail=unreachable))
+    with pytest.raises(TransientError):
+        writer.append("one", AT)
+    assert writer.append("one", AT).number == 1
+
+
 def test_deciding_nothing_writes_nothing(store: DirectoryStore) -> None:
     assert journal(store).append_if(lambda entries: None) is None
     assert journal(store).read() == []
@@ -100,6 +121,7 @@ def test_one_run_s_journal_is_not_another_s(store: DirectoryStore) -> None:
 def test_processes_that_append_at_once_lose_nothing(store: DirectoryStore) -> None:
     program = """
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from holdfast.ledger.journal import Journal
 from holdfast.storage import open_store

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from holdfast.errors import AlreadyExistsError
+from holdfast.errors import AlreadyExistsError, NotFoundError, TransientError
 from holdfast.storage import ObjectStore
 
 Wanted = tuple[str, datetime, dict[str, Any]]
@@ -41,7 +41,13 @@ class Journal:
         """Write the entry that follows the last one read. Raises AlreadyExistsError when another writer did first."""
         number = len(self._entries) + 1
         body = json.dumps({"kind": kind, "at": at.isoformat(), **fields}, separators=(",", ":"))
-        self._store.create(f"{self._prefix}{number:06d}.json", body.encode())
+        key = f"{self._prefix}{number:06d}.json"
+        try:
+            self._store.create(key, body.encode())
+        except TransientError:
+            # The write may have happened and only its answer be lost; asking again would take it for another writer's.
+            if not self._holds(key, body.encode()):
+                raise
         entry = self._parse(number, body.encode())
         self._entries.append(entry)
         return entry
@@ -60,6 +66,12 @@ class Journal:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries)
+
+    def _holds(self, key: str, body: bytes) -> bool:
+        try:
+            return self._store.get(key) == body
+        except NotFoundError:
+            return False
 
     @staticmethod
     def _parse(number: int, body: bytes) -> Entry:

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.clock import Clock, clock_from_environment
-from holdfast.errors import AlreadyExistsError, TransientError
+from holdfast.errors import AlreadyExistsError, ConfigError, TransientError
 from holdfast.runtime import contract
 from holdfast.runtime.folders import FolderCheckpoints
 from holdfast.runtime.logs import LogShipper
@@ -66,6 +66,9 @@ class Agent:
             logs = self._start_program()
             self._accompany(logs)
             self._end(logs)
+        except ConfigError as error:  # another machine would meet the same: no whole checkpoint, a run of another kind
+            log.error("the program can't be started: %s", error)
+            self._create_end({"outcome": "program-failed", "exit_status": None, "log_tail": str(error)})
         except Exception as error:
             log.exception("the agent failed")
             self._kill_program()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, Tran
 from holdfast.storage.protocol import Data, ObjectInfo
 
 STAGED_SUFFIX = ".staged"
+ABANDONED_SECONDS = 24 * 3600.0
+"""What a killed writer left half-written is removed when it has not grown for so long."""
 
 
 class DirectoryStore:
@@ -64,8 +67,11 @@ class DirectoryStore:
             for parent, _, names in os.walk(self.root / below, onerror=_raise_unless_gone):
                 for name in names:
                     path = Path(parent, name)
+                    if name.endswith(STAGED_SUFFIX):
+                        _remove_if_abandoned(path)
+                        continue
                     key = path.relative_to(self.root).as_posix()
-                    if key.startswith(prefix) and not name.endswith(STAGED_SUFFIX):
+                    if key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):  # deleted while we were listing
                             found.append(ObjectInfo(key, path.stat().st_size))
         except OSError as error:
@@ -115,6 +121,12 @@ class DirectoryStore:
 def _is_key(text: str) -> bool:
     bad_part = any(part in ("", ".", "..") for part in text.split("/"))
     return not bad_part and "\0" not in text and not text.endswith(STAGED_SUFFIX)
+
+
+def _remove_if_abandoned(staged: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - staged.stat().st_mtime > ABANDONED_SECONDS:
+            staged.unlink()
 
 
 def _raise_unless_gone(error: OSError) -> None:

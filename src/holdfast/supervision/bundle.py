@@ -73,6 +73,12 @@ def _agent_orders(job: TrainingJob) -> dict[str, object]:
     }
 
 
+def check_code(folder: Path) -> None:
+    """Raises ConfigError when the code folder can't be sent: too large, or a link leads out of it."""
+    for _ in _code_files(folder):
+        pass
+
+
 def _code_files(folder: Path) -> Iterator[tuple[Path, str]]:
     ignore_file = folder / IGNORE_FILE
     patterns = [*ALWAYS_IGNORED]

@@ -14,6 +14,7 @@ from holdfast.drivers.protocol import Driver, Offer
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import Resources, TrainingJob
 from holdfast.storage import ObjectStore
+from holdfast.supervision.bundle import check_code
 
 IMPORT_SECONDS = 120.0
 
@@ -23,6 +24,10 @@ def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
     driver.check()
     problems = list(_program_problems(job, driver.image_python))
     offers: list[Offer] = []
+    try:
+        check_code(Path(job.code))
+    except ConfigError as error:
+        problems.append(str(error))
     try:
         offers = fitting_offers(job.resources, driver.offers())
     except ConfigError as error:

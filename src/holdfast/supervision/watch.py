@@ -220,8 +220,9 @@ class _Watch:
         if said == "finished":
             return "finished", ""
         if said == "program-failed":
-            lines = (stored or {}).get("log_tail", "")
-            return "program-failed", f"the program ended with status {(stored or {}).get('exit_status')}:\n{lines}"
+            status, lines = (stored or {}).get("exit_status"), (stored or {}).get("log_tail", "")
+            how = "could not be started" if status is None else f"ended with status {status}"
+            return "program-failed", f"the program {how}:\n{lines}"
         if self.asked_to_end:
             return self.asked_to_end, self.detail
         if machine.reason == "preempted":

@@ -31,6 +31,13 @@ def test_a_preemption_without_notice_loses_at_most_one_interval(folder: Path, st
     assert sorted(read_metrics(store, "light")) == list(range(1, 101))
 
 
+def test_a_progress_bar_hides_no_step_that_was_lost(folder: Path, store: DirectoryStore) -> None:
+    job = light_job(folder, "bar").model_copy(update={"script": "progress_bar.py", "args": []})
+    summary = summary_of(folder, job, [Fate(at_step=55, notice=False)], store)
+    assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]
+    assert 0 < summary["lost_steps"] == trained_again(folder, "bar") <= 10
+
+
 def test_three_failed_spot_attempts_in_a_row_lead_to_on_demand_in_another_zone(
     folder: Path, store: DirectoryStore
 ) -> None:

@@ -55,32 +55,55 @@ class Surroundings:
         )
 
 
+class Console:
+    """The black box: the machine's console, which outlives the machine. Without a path, nothing is written.
+
+    What it says is read by whoever wants to know how far a machine came that can no longer be asked, so each line
+    begins with a line end of its own: a progress bar leaves the cursor in the middle of a line. The price is a blank
+    line where nobody did.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = _open_to_append(path)
+        # A serial console takes a few kilobytes per second, and would hold the training up.
+        self._is_slow = self._file is not None and stat.S_ISCHR(os.fstat(self._file).st_mode)
+        self._next_step = 0.0
+
+    def phase(self, name: str, step: int) -> None:
+        self._write(f"holdfast: phase {name} {step}")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if not self._is_slow or now >= self._next_step:
+            self._next_step = now + 1 / DEVICE_LINES_PER_SECOND
+            self._write(f"holdfast: step {step} {json.dumps(metrics)}")
+
+    def _write(self, line: str) -> None:
+        if self._file is not None:
+            _write_whole(self._file, f"\n{line}\n")
+
+
 class Reporter:
     """Writes whole lines with one call each, so that a kill at any instant leaves no half of one."""
 
     def __init__(self, around: Surroundings) -> None:
         self._clock = around.clock
         self._telemetry = _open_to_append(around.telemetry)
-        self._console = _open_to_append(around.console)
-        # A serial console takes a few kilobytes per second, and would hold the training up.
-        self._console_is_slow = self._console is not None and stat.S_ISCHR(os.fstat(self._console).st_mode)
-        self._next_line = self._next_progress = 0.0
+        self._console = Console(around.console)
+        self._next_progress = 0.0
 
     def event(self, kind: str, **fields: Any) -> None:
         if self._telemetry is not None:
             record = {"kind": kind, "at": self._clock.now().isoformat(), **fields}
-            _write_line(self._telemetry, json.dumps(record))
+            _write_whole(self._telemetry, json.dumps(record) + "\n")
 
     def phase(self, name: str, step: int) -> None:
-        if self._console is not None:
-            _write_line(self._console, f"holdfast: phase {name} {step}")
+        self._console.phase(name, step)
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """A step is complete."""
+        self._console.step(step, metrics)
         now = time.monotonic()
-        if self._console is not None and (not self._console_is_slow or now >= self._next_line):
-            self._next_line = now + 1 / DEVICE_LINES_PER_SECOND
-            _write_line(self._console, f"holdfast: step {step} {json.dumps(metrics)}")
         if now >= self._next_progress or step == total:
             self._next_progress = now + PROGRESS_SECONDS
             self.event("progress", step=step, total_steps=total, metrics=dict(metrics))
@@ -127,8 +150,8 @@ def _open_to_append(path: Path | None) -> int | None:
         return None  # a console that can't be written is no reason not to train
 
 
-def _write_line(file: int, line: str) -> None:
+def _write_whole(file: int, text: str) -> None:
     try:
-        os.write(file, line.encode() + b"\n")
+        os.write(file, text.encode())
     except OSError:
         return

@@ -121,4 +121,8 @@ class Driver(Protocol):
         """Begin an orderly shutdown that ends in power off. Terminating what is gone is no error."""
 
     def console(self, machine_id: str) -> str:
-        """The last 64 KiB of what the machine wrote to its console; readable after its end too."""
+        """The last 64 KiB of what the machine wrote to its console; readable after its end too.
+
+        As much as the clouds keep. A program that prints more than that within one step hides its last steps here;
+        how far it came is then known as of its last heartbeat.
+        """

@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 from flows.__main__ import main
-from holdfast.model import TrainingJob
+from holdfast.model import TrainingJob, load_job
 from tests.chaos.runs import light_job
 from tests.conftest import PROGRAMS
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def rehearse(folder: Path, job: TrainingJob, preemptions: int) -> tuple[int, dict[str, Any]]:
@@ -44,6 +46,19 @@ def test_a_good_job_passes_and_the_verdict_comes_first(
     assert outcomes == [("preempted", "preemption"), ("preempted", None), ("preempted", None), ("finished", None)]
 
 
+def test_a_program_that_writes_folders_is_judged_too(folder: Path, prefect_api: str) -> None:
+    status, verdict = rehearse(folder, load_job(EXAMPLES / "counting.yaml"), preemptions=3)
+    assert (status, verdict["passed"]) == (0, True), verdict["markdown"]
+    found = answers(verdict)
+    assert found["Was it preempted as asked?"] == (True, "3 of 3 preemptions happened")
+    assert found["Is the final state the same, bit for bit?"][0]
+    assert "with notice 0 (in 1)" in found["Is nothing lost when there is a notice?"][1]
+    assert found["Does the flush fit GCP's 30 s?"][0]
+    outcomes = [(attempt["outcome"], attempt["notice"]) for attempt in verdict["interrupted"]["attempts"]]
+    assert outcomes == [("preempted", "preemption"), ("preempted", None), ("preempted", None), ("finished", None)]
+    assert all(attempt["last_step"] for attempt in verdict["interrupted"]["attempts"])
+
+
 def test_a_job_that_forgets_part_of_its_state_fails_at_the_step_where_it_differs(
     folder: Path, prefect_api: str
 ) -> None:
@@ -63,6 +78,8 @@ def test_a_job_that_never_checkpoints_fails(folder: Path, prefect_api: str) -> N
     status, verdict = rehearse(folder, job, preemptions=1)
     assert status == 1
     assert verdict["markdown"].startswith("# FAIL: careless does not survive preemption")
+    good, answer = answers(verdict)["Is nothing lost when there is a notice?"]
+    assert not good and answer.startswith("unknown: the program tells no steps")
 
 
 def test_a_job_that_fails_by_itself_fails_with_its_own_words(folder: Path, prefect_api: str) -> None:

@@ -182,6 +182,24 @@ def test_a_folder_that_is_renamed_into_place_is_committed_while_the_program_runs
     assert later.side.finish() == []  # what was restored is not committed again
 
 
+def test_the_console_says_how_far_a_program_came_that_knows_nothing_of_us(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(contract.CONSOLE, str(tmp_path / "console"))
+    machine = OnTheMachine(tmp_path / "one", store)
+    machine.write(10, weights=b"ten")
+    wait_until(lambda: machine.committed() == [10])
+    machine.side.finish()
+    OnTheMachine(tmp_path / "two", store, attempt=2).side.finish()
+    said = [line for line in (tmp_path / "console").read_text().splitlines() if line]
+    assert said == [
+        "holdfast: step 10 {}",
+        "holdfast: phase commit 10",
+        "holdfast: phase committed 10",
+        "holdfast: phase resumed 10",
+    ]
+
+
 def test_what_the_program_left_complete_is_committed_at_its_end(store: DirectoryStore, tmp_path: Path) -> None:
     machine = OnTheMachine(tmp_path / "one", store)
     machine.write(10, weights=b"ten")

@@ -5,6 +5,7 @@ The program writes `$HOLDFAST_CHECKPOINT_DIRECTORY/<step>.tmp/` and renames it t
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 from holdfast.checkpoint.folders import FolderCommitter
 from holdfast.checkpoint.policy import CheckpointPolicy
+from holdfast.checkpoint.reporting import Console
 from holdfast.clock import Clock
 from holdfast.errors import HoldfastError, TransientError
 from holdfast.runtime import contract
@@ -24,14 +26,18 @@ LOOK_SECONDS = 0.2
 
 
 class FolderCheckpoints:
-    """Restores the newest folder, then commits new ones from a thread of its own: an upload must not delay a notice."""
+    """Restores the newest folder, then commits new ones from a thread of its own: an upload must not delay a notice.
+
+    A folder's number is the only step such a program tells, so it goes on the console for it, as soon as it is seen.
+    """
 
     def __init__(
         self, folder: Path, store: ObjectStore, run_id: str, attempt: int, policy: CheckpointPolicy, clock: Clock
     ) -> None:
         self._folder, self._clock = folder, clock
         self._committer = FolderCommitter(store, run_id, attempt, policy)
-        self._committed = -1
+        self._console = Console(Path(os.environ[contract.CONSOLE]) if os.environ.get(contract.CONSOLE) else None)
+        self._committed = self._seen = -1
         self.restored_step: int | None = None
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -46,7 +52,8 @@ class FolderCheckpoints:
             self._tell("damaged", checkpoint=checkpoint, error=error)
         if restored:
             self._committed, folder = restored
-            self.restored_step = self._committed
+            self.restored_step = self._seen = self._committed
+            self._console.phase("resumed", self._committed)
             environment |= {contract.RESUME_DIRECTORY: str(folder), contract.RESUME_STEP: str(self._committed)}
         self._thread.start()
         return environment
@@ -73,6 +80,10 @@ class FolderCheckpoints:
         if not complete or max(complete) <= self._committed:
             return
         step = max(complete)
+        if step > self._seen:
+            self._seen = step
+            self._console.step(step, {})
+        self._console.phase("commit", step)
         began = self._clock.now()
         try:
             size_bytes = self._committer.commit(complete[step], step)
@@ -82,6 +93,7 @@ class FolderCheckpoints:
             self._tell("commit-failed", step=step, error=str(error))
             return
         self._committed = step
+        self._console.phase("committed", step)
         seconds = (self._clock.now() - began).total_seconds()
         self._tell(
             "committed",

@@ -13,6 +13,9 @@ from holdfast.ledger.summary import summarise
 from holdfast.model import TrainingJob
 
 WINDOWS_SECONDS = {"GCP": 30.0, "AWS": 120.0}
+TELLS_NO_STEPS = (
+    "the program tells no steps. Wrap its loop in holdfast.attach, or write folders to $HOLDFAST_CHECKPOINT_DIRECTORY"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,13 @@ class Verdict:
                 steps = f"{row['first_step']}–{row['last_step']}" if row["first_step"] else "–"
                 lines.append(
                     f"| {row['number']} | {row['outcome']} | {row['notice'] or 'none'} | {steps} | "
-                    f"{row['last_committed_step'] or '–'} | {row['lost_steps']} |"
+                    f"{row['last_committed_step'] or '–'} | {_lost(row)} |"
                 )
         return "\n".join(lines)
+
+
+def _lost(row: Mapping[str, Any]) -> object:
+    return "unknown" if row["last_step"] is None else row["lost_steps"]
 
 
 def judge(job: TrainingJob, preemptions: int, steady: Evidence, interrupted: Evidence | None, problem: str) -> Verdict:
@@ -93,7 +100,7 @@ def judge(job: TrainingJob, preemptions: int, steady: Evidence, interrupted: Evi
             "Was it preempted as asked?",
             taken >= preemptions,
             f"{taken} of {preemptions} preemptions happened"
-            + ("" if taken >= preemptions else "; the job was over (or never committed) before the others were due"),
+            + ("" if taken >= preemptions else f"; {_why_not_taken(state)}"),
         ),
         _resumes(state),
         _same_metrics(steady, interrupted),
@@ -107,6 +114,12 @@ def judge(job: TrainingJob, preemptions: int, steady: Evidence, interrupted: Evi
         _checkpoint_cost(state),
     ]
     return Verdict(job.name, findings, summarise(steady.state), summarise(state))
+
+
+def _why_not_taken(state: RunState) -> str:
+    if all(attempt.last_step is None for attempt in state.attempts):
+        return f"when the others were due is unknown: {TELLS_NO_STEPS}"
+    return "the job was over (or never committed) before the others were due"
 
 
 def _resumes(state: RunState) -> Finding:
@@ -153,6 +166,9 @@ def _same_bits(one: float, other: float | None) -> bool:
 
 
 def _lost_steps(state: RunState) -> Finding:
+    question = "Is nothing lost when there is a notice?"
+    if all(attempt.last_step is None for attempt in state.attempts):
+        return Finding(question, False, f"unknown: {TELLS_NO_STEPS}", decisive=False)
     noticed = [a for a in state.attempts if a.outcome == "preempted" and (a.report.get("notice") or {}).get("kind")]
     silent = [a for a in state.attempts if a.outcome == "preempted" and a not in noticed]
     total = sum(attempt.lost_steps for attempt in state.attempts)
@@ -161,7 +177,7 @@ def _lost_steps(state: RunState) -> Finding:
         words += f"; with notice {sum(a.lost_steps for a in noticed)} (in {len(noticed)})"
     if silent:
         words += f"; without {sum(a.lost_steps for a in silent)} (in {len(silent)})"
-    return Finding("Is nothing lost when there is a notice?", not any(a.lost_steps for a in noticed), words)
+    return Finding(question, not any(a.lost_steps for a in noticed), words)
 
 
 def _flushes(state: RunState, poll_seconds: float) -> list[Finding]:
@@ -176,7 +192,7 @@ def _flushes(state: RunState, poll_seconds: float) -> list[Finding]:
             Finding(
                 f"Does the flush fit {cloud}'s {window:.0f} s?",
                 fits,
-                f"{worst:.2f} s from hearing the notice to the commit, after up to {poll_seconds:g} s until it is heard",
+                f"{worst:.2f} s from hearing the notice to the end, after up to {poll_seconds:g} s until it is heard",
                 decisive=cloud == "AWS",
             )
         )
@@ -184,8 +200,9 @@ def _flushes(state: RunState, poll_seconds: float) -> list[Finding]:
 
 
 def _flush_seconds(attempt: Attempt) -> float | None:
+    """Until the commit; of a program that does not tell when it stops, until the machine was off: rather too long."""
     notice = attempt.report.get("notice") or {}
-    stopped = attempt.marks.get("preempting")
+    stopped = attempt.marks.get("preempting") or attempt.terminated_at
     if notice.get("kind") != "preemption" or not stopped:
         return None
     return max(0.0, (stopped - datetime.fromisoformat(notice["seen_at"])).total_seconds())

@@ -13,7 +13,7 @@ from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.folders import FolderCommitter
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.errors import AlreadyExistsError, ConfigError, DamagedCheckpointError, TransientError
-from holdfast.runtime.contract import attempt_prefix, checkpoint_prefix
+from holdfast.runtime.contract import attempt_prefix, checkpoint_prefix, lease_key
 from holdfast.storage import DirectoryStore, ObjectStore
 from tests.unit.failing_store import FailingStore, Killed, unreachable
 
@@ -34,6 +34,11 @@ def commit(store: ObjectStore, checkpoint: CheckpointId) -> int:
     return Checkpoints(store, "run").commit(
         checkpoint, {name: [data[:9], data[9:]] for name, data in content(checkpoint).items()}, {"kind": "state"}
     )
+
+
+def lease(store: ObjectStore, attempt: int) -> None:
+    """As the orchestrator writes it before it launches this attempt's machine."""
+    store.put(lease_key("run"), json.dumps({"attempt": attempt}).encode())
 
 
 def load(store: ObjectStore) -> tuple[CheckpointId | None, list[str]]:
@@ -253,18 +258,42 @@ def test_retention_interrupted_at_any_call_leaves_only_whole_checkpoints(tmp_pat
 def test_a_zombie_of_an_earlier_attempt_learns_that_it_is_one(store: DirectoryStore) -> None:
     checkpoints = Checkpoints(store, "run")
     assert not checkpoints.superseded(1)
-    store.put(attempt_prefix("run", 1) + "heartbeat.json", b"{}")
+    lease(store, 1)
     assert not checkpoints.superseded(1)
-    store.put(attempt_prefix("run", 10) + "heartbeat.json", b"{}")
+    lease(store, 10)
     assert checkpoints.superseded(1) and checkpoints.superseded(9)
     assert not checkpoints.superseded(10)
+
+
+def test_an_old_lease_written_late_does_not_call_a_zombie_back(store: DirectoryStore) -> None:
+    commit(store, CheckpointId(2, 10))
+    lease(store, 1)
+    assert Checkpoints(store, "run").superseded(1)
+    assert not Checkpoints(store, "run").superseded(2)
+
+
+def test_asking_costs_the_same_however_much_a_run_has_said(store: DirectoryStore) -> None:
+    lease(store, 1)
+    commit(store, CheckpointId(1, 10))
+    for number in range(50):
+        store.put(f"{attempt_prefix('run', 1)}logs/{number:06d}.txt", b"x")
+    told = FailingStore(store)
+    assert not Checkpoints(told, "run").superseded(1)
+    assert told.calls == [("get", lease_key("run")), ("list", PREFIX)]
+
+
+def test_a_lease_that_cannot_be_read_is_asked_for_again(store: DirectoryStore) -> None:
+    for content in (b"", b"[]"):
+        store.put(lease_key("run"), content)
+        with pytest.raises(TransientError, match="lease of run 'run'"):
+            Checkpoints(store, "run").superseded(1)
 
 
 def test_a_zombie_commits_no_folder_and_deletes_nothing(store: DirectoryStore, tmp_path: Path) -> None:
     (tmp_path / "30").mkdir()
     for checkpoint in SIX:
         commit(store, checkpoint)
-    store.put(attempt_prefix("run", 3) + "heartbeat.json", b"{}")
+    lease(store, 3)
     before = store.list("")
     with pytest.raises(ConfigError, match="attempt 2 was replaced by a later one"):
         FolderCommitter(store, "run", 2, CheckpointPolicy(max_to_keep=1)).commit(tmp_path / "30", 30)

@@ -18,7 +18,7 @@ from holdfast.checkpoint.reader import STATE, list_checkpoints, read_metrics
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.tensors import decode
 from holdfast.clock import WallClock
-from holdfast.runtime.contract import attempt_prefix, metrics_prefix
+from holdfast.runtime.contract import lease_key, metrics_prefix
 from holdfast.storage import DirectoryStore, ObjectStore
 from tests.unit.failing_store import FailingStore, unreachable
 
@@ -113,7 +113,7 @@ def test_a_waiting_snapshot_is_dropped_for_a_newer_one(
 ) -> None:
     """The first is being written; of the three that come meanwhile, only the newest is."""
     gate = Gate()
-    made = committer(FailingStore(store, at=[2], fail=gate), telemetry)
+    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
     dropped = tmp_path / "copy"
     dropped.mkdir()
     made.offer(snapshot(10))
@@ -128,7 +128,7 @@ def test_a_waiting_snapshot_is_dropped_for_a_newer_one(
 
 def test_waiting_for_a_step_ends_when_the_window_does(store: DirectoryStore, telemetry: Telemetry) -> None:
     gate = Gate()
-    made = committer(FailingStore(store, at=[2], fail=gate), telemetry)
+    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
     made.offer(snapshot(10))
     assert gate.reached.wait(LONG)
     assert not made.wait(10, 0.05)
@@ -136,11 +136,11 @@ def test_waiting_for_a_step_ends_when_the_window_does(store: DirectoryStore, tel
     assert made.wait(10, LONG)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
 def test_a_store_that_fails_at_any_call_is_asked_again_and_harms_no_earlier_checkpoint(
     store: DirectoryStore, telemetry: Telemetry, at: int
 ) -> None:
-    """Five calls make a commit: who is fencing whom, metrics, two objects, manifest."""
+    """Six calls make a commit: two for who is fencing whom, metrics, two objects, manifest."""
     first = committer(store, telemetry)
     first.offer(snapshot(10))
     assert first.wait(10, LONG)
@@ -160,7 +160,7 @@ def test_a_store_that_fails_at_any_call_is_asked_again_and_harms_no_earlier_chec
 
 def test_after_a_failure_a_newer_snapshot_goes_first(store: DirectoryStore, telemetry: Telemetry) -> None:
     gate = Gate(fail=True)
-    made = committer(FailingStore(store, at=[2], fail=gate), telemetry)
+    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
     made.offer(snapshot(10))
     assert gate.reached.wait(LONG)
     made.offer(snapshot(20))
@@ -177,7 +177,7 @@ def test_an_answer_lost_after_the_manifest_was_written_is_a_commit_all_the_same(
             store.create(key, data)
             super().create(key, data)
 
-    made = committer(AnswerLost(store, at=[4], fail=unreachable), telemetry)
+    made = committer(AnswerLost(store, at=[5], fail=unreachable), telemetry)
     made.offer(snapshot(10))
     assert made.wait(10, LONG)
     assert committed(store) == [CheckpointId(1, 10)]
@@ -188,7 +188,7 @@ def test_a_zombie_of_an_earlier_attempt_is_fenced(store: DirectoryStore, telemet
     made = committer(store, telemetry, attempt=1)
     made.offer(snapshot(10))
     assert made.wait(10, LONG)
-    store.put(attempt_prefix("run", 2) + "heartbeat.json", b"{}")
+    store.put(lease_key("run"), json.dumps({"attempt": 2}).encode())
     made.offer(snapshot(20))
     assert not made.wait(20, LONG)
     assert made.fenced

@@ -219,7 +219,7 @@ def test_a_damaged_folder_is_told_and_the_one_before_is_resumed_from(store: Dire
 
 
 def test_a_store_that_fails_is_asked_again_and_the_failure_told(store: DirectoryStore, tmp_path: Path) -> None:
-    machine = OnTheMachine(tmp_path / "one", FailingStore(store, at=[3], fail=unreachable))
+    machine = OnTheMachine(tmp_path / "one", FailingStore(store, at=[4], fail=unreachable))
     machine.write(10, weights=b"ten")
     wait_until(lambda: machine.committed() == [10])
     assert len(machine.failed()) == 1 and "does not answer" in machine.failed()[0]

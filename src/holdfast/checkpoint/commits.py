@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.errors import ConfigError, DamagedCheckpointError, NotFoundError
-from holdfast.runtime.contract import checkpoint_prefix
+from holdfast.errors import ConfigError, DamagedCheckpointError, NotFoundError, TransientError
+from holdfast.runtime.contract import checkpoint_prefix, lease_key
 from holdfast.storage import ObjectStore
 from holdfast.storage.protocol import Data
 
@@ -111,10 +111,19 @@ class Checkpoints:
         return doomed
 
     def superseded(self, attempt: int) -> bool:
-        """Has a later attempt begun? Then this one is a zombie, and must neither commit nor delete."""
-        prefix = f"runs/{self._run_id}/attempts/"
-        numbers = {info.key.removeprefix(prefix).partition("/")[0] for info in self._store.list(prefix)}
-        return any(number.isdigit() and int(number) > attempt for number in numbers)
+        """Has a later attempt begun? Then this one is a zombie, and must neither commit nor delete.
+
+        The run's lease names the attempt, and is written before a machine is asked for. An orchestrator that was
+        suspended may write an old one over it for a moment, so what later attempts have stored counts too. Both are
+        small however long the run is.
+        """
+        try:
+            leased = json.loads(self._store.get(lease_key(self._run_id))).get("attempt") or 0
+        except NotFoundError:
+            leased = 0
+        except (ValueError, AttributeError) as error:
+            raise TransientError(f"the lease of run {self._run_id!r} can't be read: {error!r}") from error
+        return leased > attempt or any(one.attempt > attempt for one in self._ids(lambda key: True))
 
     def newest_valid(
         self, use: Callable[[CheckpointId, dict[str, Any]], Any], damaged: Callable[[CheckpointId, str], None]

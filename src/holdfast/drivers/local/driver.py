@@ -22,6 +22,7 @@ from holdfast.drivers.local.market import fate_of, price_history
 from holdfast.drivers.local.processes import kill_marked
 from holdfast.drivers.protocol import BillingTerms, CapacityPool, LaunchRequest, Machine, Offer, PricePoint
 from holdfast.errors import CapacityError, ConfigError, TransientError
+from holdfast.process_identity import lives
 
 START_SECONDS = 20.0
 CONSOLE_BYTES = 64 * 1024
@@ -179,7 +180,7 @@ class LocalDriver:
 
     def _host_is_dead(self, folder: Path, host: dict[str, Any] | None) -> bool:
         if host:
-            return not machine_files.lives(host) and not (folder / machine_files.END).exists()
+            return not lives(host) and not (folder / machine_files.END).exists()
         # Not yet reported: its starter may have died between the file and the process.
         age = time.time() - (folder / machine_files.SPEC).stat().st_mtime
         return age > START_SECONDS

@@ -24,6 +24,7 @@ from holdfast.clock import Clock, clock_from_text
 from holdfast.drivers.local import machine_files as files
 from holdfast.drivers.local.metadata import Facts, serve
 from holdfast.drivers.local.processes import kill_marked
+from holdfast.process_identity import identify
 
 TICK_SECONDS = 0.01
 PR_SET_CHILD_SUBREAPER = 36
@@ -70,7 +71,7 @@ class Host:
                 start_new_session=True,
             )
         self._environment_of_machine = environment
-        files.write_json(self.folder / files.RUNNING, files.identify(os.getpid()))
+        files.write_json(self.folder / files.RUNNING, identify(os.getpid()))
         reason = self._live()
         kill_marked(self.spec["id"], self.machine.pid)
         files.record_end(self.folder, reason, self.clock.now())

@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 MARK = "HOLDFAST_MACHINE_ID"  # in the environment of every process of a machine
 SPEC = "machine.json"  # written once, by the driver
 RUNNING = "host.json"  # written once, by the host, when the machine has started
@@ -41,16 +39,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError):
         return json.loads(path.read_text())
     return None
-
-
-def identify(pid: int) -> dict[str, Any]:
-    """A process, such that another one under the same number is not taken for it."""
-    return {"pid": pid, "created_at": psutil.Process(pid).create_time()}
-
-
-def lives(process: dict[str, Any]) -> bool:
-    try:
-        found = psutil.Process(process["pid"])
-        return abs(found.create_time() - process["created_at"]) < 0.5 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

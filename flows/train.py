@@ -15,7 +15,7 @@ from holdfast.errors import CapacityError, OverBudgetError, ProgramFailedError, 
 from holdfast.ledger.run_state import Attempt
 from holdfast.ledger.summary import headline
 from holdfast.model import TrainingJob
-from holdfast.placement.policy import GiveUp
+from holdfast.placement.policy import GiveUp, Launch
 from holdfast.supervision.training_run import TrainingRun, open_run
 from holdfast.supervision.updates import Update
 from tasks.costs import load_notification, publish_summary
@@ -69,18 +69,23 @@ def carry_out(run: TrainingRun, notify: str = "") -> dict[str, Any]:
                 run.close("finished")
         except RunTakenError:
             raise  # another process has the run, its machines and its summary
-        except OverBudgetError as error:
-            run.close("over-budget", str(error))
+        except BaseException as error:  # no machine outlives its flow
+            try:
+                run.end(state_after(error), f"{type(error).__name__}: {error}".rstrip(": "))
+            finally:
+                if not run.taken:
+                    publish_summary(run, notify)
             raise
-        except (ProgramFailedError, CapacityError, QuotaError) as error:
-            run.close("failed", str(error))
-            raise
-        except BaseException as error:  # cancelled, interrupted, broken: no machine outlives its flow
-            run.cancel(f"{type(error).__name__}: {error}".rstrip(": "))
-            raise
-        finally:
-            summary = {} if run.keepalive.taken else publish_summary(run, notify)
-    return summary
+        return publish_summary(run, notify)
+
+
+def state_after(error: BaseException) -> str:
+    """How a run is closed that `error` has ended."""
+    if isinstance(error, OverBudgetError):
+        return "over-budget"
+    return (
+        "failed" if isinstance(error, Exception) else "cancelled"
+    )  # Ctrl-C and Prefect's cancellation are no Exception
 
 
 def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:
@@ -101,11 +106,10 @@ def one_attempt(run: TrainingRun, watchers: list[Watcher]) -> None:
     """One machine: chosen, reserved, launched (or adopted after a crash), watched to its end."""
     attempt = run.state.open_attempt
     if attempt is None:
-        launch = choose_pool(run)
-        if isinstance(launch, GiveUp):
-            raise OverBudgetError(launch.reason)
+        launch = wait_for_a_pool(run, watchers)
         attempt = reserve(run, launch)
-        tell(watchers, run, attempt, "fallback" if launch.fell_back else None, launch.reason)
+        if launch.fell_back:
+            tell(watchers, run, "fallback", launch.reason, attempt)
     try:
         launch_machine(run)
     except (CapacityError, QuotaError):
@@ -113,9 +117,22 @@ def one_attempt(run: TrainingRun, watchers: list[Watcher]) -> None:
         row_of(refused)(run, refused, watchers, return_state=True)
         raise
     attempt = run.state.attempts[-1]
-    tell(watchers, run, attempt, "launched", f"launched {attempt.machine} in {attempt.pool}")
-    row_of(attempt)(run, attempt, watchers, return_state=True)
-    raise_unless_finished(run.state.attempts[-1])
+    tell(watchers, run, "launched", f"launched {attempt.machine} in {attempt.pool}", attempt)
+    row = row_of(attempt)(run, attempt, watchers, return_state=True)
+    ended = run.state.attempts[-1]
+    if ended.outcome is None:
+        row.result()  # raises what stopped the watch: the attempt has not ended, and must not be taken for finished
+    raise_unless_finished(ended)
+
+
+def wait_for_a_pool(run: TrainingRun, watchers: list[Watcher]) -> Launch:
+    """The decision where to go, once there is somewhere to go."""
+    while not isinstance(decision := choose_pool(run), Launch):
+        if isinstance(decision, GiveUp):
+            raise OverBudgetError(decision.reason)
+        tell(watchers, run, "waiting", f"{decision.reason}; asking again at {decision.until:%H:%M:%S}")
+        run.pause(decision.until)
+    return decision
 
 
 def row_of(attempt: Attempt) -> Any:
@@ -127,10 +144,11 @@ def row_of(attempt: Attempt) -> Any:
     )
 
 
-def tell(watchers: list[Watcher], run: TrainingRun, attempt: Attempt, kind: Any, text: str) -> None:
-    if kind is None:
-        return
-    fields = {"machine": attempt.machine, "pool": str(attempt.pool), "usd": run.state.usd_total, "phase": "starting"}
-    update = Update(kind=kind, at=run.driver.clock.now(), attempt=attempt.number, text=text, fields=fields)
+def tell(watchers: list[Watcher], run: TrainingRun, kind: Any, text: str, attempt: Attempt | None = None) -> None:
+    fields = {"usd": run.state.usd_total, "phase": "starting" if attempt else "waiting"}
+    if attempt:
+        fields |= {"machine": attempt.machine, "pool": str(attempt.pool)}
+    number = attempt.number if attempt else len(run.state.attempts) + 1
+    update = Update(kind=kind, at=run.driver.clock.now(), attempt=number, text=text, fields=fields)
     for watcher in watchers:
         watcher(update)

@@ -12,7 +12,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.blocks.core import Block
 
 from holdfast.checkpoint.reader import read_metrics
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, HoldfastError, TransientError
 from holdfast.ledger.summary import summarise, to_markdown
 from holdfast.ledger.timeline import draw_timeline
 from holdfast.supervision.training_run import TrainingRun
@@ -44,21 +44,37 @@ def publish_summary(run: TrainingRun, notify: str = "") -> dict[str, Any]:
     state = run.state
     summary = summarise(state)
     markdown = to_markdown(summary)
-    picture = draw_timeline(state, read_metrics(run.store, run.run_id), run.driver.clock.now())
+    picture = draw_timeline(state, _metrics(run), run.driver.clock.now())
     files = {
         "timeline.png": picture,
         "summary.md": markdown.encode(),
-        "summary.json": json.dumps(summary, indent=2).encode(),
+        "summary.json": json.dumps(summary, indent=2, allow_nan=False).encode(),
     }
     folder = RUNS_FOLDER.absolute() / run.run_id
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        run.store.put(f"runs/{run.run_id}/{name}", data)
         (folder / name).write_bytes(data)
-    _publish_artifacts(run.run_id, summary, markdown, picture)
+    # The folder here first: whatever fails below must not keep the summary from its reader.
+    try:
+        for name, data in files.items():
+            run.store.put(f"runs/{run.run_id}/{name}", data)
+    except TransientError as error:
+        log.error("the summary is in %s, but the store did not take it: %s", folder, error)
+    try:
+        _publish_artifacts(run.run_id, summary, markdown, picture)
+    except Exception as error:
+        log.error("the summary is in %s, but Prefect did not take its artifacts: %r", folder, error)
     if notify:
         send_notification(notify, f"Holdfast run {run.run_id}: {state.state}", markdown)
     return summary
+
+
+def _metrics(run: TrainingRun) -> dict[int, dict[str, float]]:
+    try:
+        return read_metrics(run.store, run.run_id)
+    except HoldfastError as error:
+        log.error("the picture lacks the loss: %s", error)
+        return {}
 
 
 def _publish_artifacts(run_id: str, summary: dict[str, Any], markdown: str, picture: bytes) -> None:

@@ -4,7 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from holdfast.ledger.run_state import Attempt
-from holdfast.placement.policy import GiveUp, Launch
+from holdfast.placement.policy import GiveUp, Launch, Wait
 from holdfast.supervision.training_run import TrainingRun
 from tasks.retrying import only_transient
 
@@ -12,7 +12,7 @@ API_RETRIES = {"retries": 4, "retry_delay_seconds": [1, 5, 15, 45], "retry_condi
 
 
 @task(cache_policy=NO_CACHE, **API_RETRIES)
-def choose_pool(run: TrainingRun) -> Launch | GiveUp:
+def choose_pool(run: TrainingRun) -> Launch | Wait | GiveUp:
     return run.decide()
 
 

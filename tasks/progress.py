@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,9 +30,13 @@ EVENTS = {
     "resumed": "holdfast.run.resumed",
     "committed": "holdfast.run.committed",
     "fallback": "holdfast.run.fallback",
+    "waiting": "holdfast.run.waiting",
     "warned": "holdfast.run.warned",
 }
 PROGRESS_SECONDS = 2.0
+PAUSE_AFTER_ERROR_SECONDS = 120.0
+
+log = logging.getLogger(__name__)
 
 
 @task(cache_policy=NO_CACHE)
@@ -59,7 +64,11 @@ class PrefectWatcher:
 
     def __call__(self, update: Update) -> None:
         if update.kind == "progress":
-            self._show_progress(update)
+            try:
+                self._show_progress(update)
+            except Exception as error:  # a server that is away must not hold up the supervision
+                self._next_progress = time.monotonic() + PAUSE_AFTER_ERROR_SECONDS
+                log.warning("progress not shown error=%r", error)
             return
         self._log.info("attempt %s: %s", update.attempt, update.text)
         self.emit(EVENTS[update.kind], update.fields.get("machine") or "", {"text": update.text, **update.fields})

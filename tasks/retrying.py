@@ -30,9 +30,9 @@ ERROR_OF_OUTCOME: dict[str, type[HoldfastError]] = {
 
 def raise_unless_finished(attempt: Attempt) -> None:
     """The attempt's outcome as the error that says what to do now."""
-    if attempt.outcome in ERROR_OF_OUTCOME:
+    if attempt.outcome != "finished":
         text = attempt.detail or f"attempt {attempt.number} on {attempt.pool}: {attempt.outcome}"
-        raise ERROR_OF_OUTCOME[attempt.outcome](text)
+        raise ERROR_OF_OUTCOME.get(str(attempt.outcome), HoldfastError)(text)
 
 
 def only_preemption(task: Any, task_run: Any, state: State) -> bool:

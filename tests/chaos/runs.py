@@ -50,12 +50,17 @@ def carry(
     job: TrainingJob, driver: LocalDriver, store: DirectoryStore, run_id: str
 ) -> tuple[TrainingRun, dict[str, Any]]:
     run = open_run(job, driver, store, None, run_id)
+    return run, story_of(run)()
+
+
+def story_of(run: TrainingRun) -> Callable[[], dict[str, Any]]:
+    """The flow's story, as a flow of this test's."""
 
     @flow(name="test-run")
     def story() -> dict[str, Any]:
         return carry_out(run)
 
-    return run, story()
+    return story
 
 
 def summary_of(

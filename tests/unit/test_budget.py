@@ -64,8 +64,15 @@ def test_reserving_and_settling_again_changes_nothing(store: DirectoryStore) -> 
         ledger.reserve("run-1", 2.0, NOW)
     for usd in (0.5, 1.9):
         BudgetLedger(store, TEN).settle("run-1", usd, NOW)
-    ledger.reserve("run-1", 2.0, NOW)  # a token that was settled is over
     assert ledger.standing() == Standing(0.5, {})
+
+
+def test_a_reservation_that_was_given_back_can_be_made_anew(store: DirectoryStore) -> None:
+    ledger = BudgetLedger(store, TEN)
+    ledger.reserve("run-1", 2.0, NOW)
+    ledger.settle("run-1", 0.0, NOW)  # the run was closed before the attempt came into its journal
+    ledger.reserve("run-1", 3.0, NOW)  # and is taken up again
+    assert ledger.standing() == Standing(0.0, {"run-1": 3.0})
 
 
 def test_settling_what_was_never_reserved_costs_nothing(store: DirectoryStore) -> None:

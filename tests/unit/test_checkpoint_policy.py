@@ -66,10 +66,11 @@ def test_every_30_seconds_means_every_30_seconds() -> None:
     assert policy.is_due(1, 30, 1.0)
 
 
-def test_auto_saves_first_after_10_steps_to_learn_what_a_save_costs() -> None:
+def test_auto_saves_first_after_10_steps_or_a_minute_to_learn_what_a_save_costs() -> None:
     policy = CheckpointPolicy()
-    assert not policy.is_due(9, 1e9, None)
+    assert not policy.is_due(9, 59, None)
     assert policy.is_due(10, 0, None)
+    assert policy.is_due(1, 60, None)
 
 
 def test_auto_then_saves_at_young_s_spacing_for_the_pool_s_interruptions() -> None:

@@ -15,6 +15,7 @@ from holdfast.placement.policy import (
     Launch,
     PastAttempt,
     Situation,
+    Wait,
     decide,
     failed_spot_attempts_in_a_row,
     rank,
@@ -119,6 +120,23 @@ def test_a_refused_pool_is_asked_after_the_others_for_ten_minutes() -> None:
     assert chosen(*refused_then_progress) == "c spot"
     long_ago = [past("no-capacity", "a", 10), past("preempted", "b", 0, progress=True)]
     assert chosen(*long_ago) == "a spot"
+
+
+def test_when_every_pool_has_refused_it_waits_and_longer_from_round_to_round() -> None:
+    def waits(rounds: int) -> float:
+        story = [past("no-capacity", zone) for _ in range(rounds) for zone in "abc"]
+        decision = decide(situation(*story, provisioning="spot"))
+        assert isinstance(decision, Wait) and "all 3 spot pools" in decision.reason
+        return (decision.until - NOW).total_seconds()
+
+    assert [waits(rounds) for rounds in (1, 2, 3, 10)] == [30, 60, 120, 600]
+    later = [past("no-capacity", zone, minutes_ago=0.5) for zone in "abc"]
+    assert isinstance(decide(situation(*later, provisioning="spot")), Launch)
+
+
+def test_a_round_that_is_not_complete_waits_for_nothing() -> None:
+    story = [past("no-capacity", "a"), past("preempted", "b"), past("no-capacity", "c"), past("no-capacity", "a")]
+    assert isinstance(decide(situation(*story, provisioning="spot")), Launch)
 
 
 def test_when_every_pool_is_hot_the_zone_that_failed_just_now_comes_last() -> None:

@@ -9,6 +9,7 @@ for step in run.steps(1000):                                # goes on after the 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -53,6 +54,12 @@ def attach(
     """
     policy = _policy(every, max_to_keep)
     around = Surroundings.from_environment()
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if around and ranks != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks}: a checkpoint is one process's so far, and several ranks would overwrite each other's; "
+            "run one process, or checkpoint by folders ($HOLDFAST_CHECKPOINT_DIRECTORY) from rank 0"
+        )
     return Attached(around, policy, components, Path(directory) if directory else None)
 
 
@@ -66,14 +73,13 @@ class Attached:
         components: dict[str, Any],
         folder: Path | None,
     ) -> None:
-        self.state: dict[str, Any] = {}
-        """Anything else that must survive: numbers, text, tensors, and lists, tuples and dicts of these."""
+        self._state: dict[str, Any] = {}
         self.resumed_step = 0
         """Steps that were done before this process; 0 at a fresh start."""
-        self._training = TrainingState(components, self.state)
+        self._training = TrainingState(components, self._state)
         self._folder = folder
         self._around = around
-        self._stop = False
+        self._stop = self._looping = False
         self._step, self._total = 0, 0
         self._metrics: dict[str, float] = {}
         self._random_states: dict[str, Any] | None = None
@@ -94,6 +100,17 @@ class Attached:
         self._saved_at = time.monotonic()
         self._snapshot_seconds = 0.0
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """Anything else that must survive: numbers, text, tensors, and lists, tuples and dicts of these."""
+        return self._state
+
+    @state.setter
+    def state(self, values: dict[str, Any]) -> None:
+        kept = dict(values)
+        self._state.clear()
+        self._state.update(kept)
+
     # -- for the loop -------------------------------------------------------------------------------------------------
 
     def steps(self, total: int) -> Iterator[int]:
@@ -105,6 +122,11 @@ class Attached:
         """
         if not isinstance(total, int) or total < 1:
             raise ConfigError(f"steps(total={total!r}): total must be a whole number above zero")
+        if self._looping:
+            raise ConfigError(
+                "steps() was called before: let one loop run over all steps of all epochs, and call it once"
+            )
+        self._looping = True
         self._step, self._total = self.resumed_step, total
         if self._random_states is not None:
             set_random_states(self._random_states)  # here: what ran since attach() must not have used them up

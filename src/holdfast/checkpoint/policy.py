@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from holdfast.errors import ConfigError
 
-FIRST_SAVE_STEPS = 10
-"""`auto` saves first after so many steps, to learn what a save costs."""
+FIRST_SAVE_STEPS, FIRST_SAVE_SECONDS = 10, 60.0
+"""`auto` saves first after so many steps or seconds, whichever come first, to learn what a save costs."""
 DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS = 4 * 3600.0
 MOST_OVERHEAD_FRACTION = 0.05
 """However likely a preemption is, saving takes no more than this share of the time."""
@@ -47,7 +47,7 @@ class CheckpointPolicy:
         if self.every_seconds:
             return seconds >= self.every_seconds
         if save_seconds is None:
-            return steps >= FIRST_SAVE_STEPS
+            return steps >= FIRST_SAVE_STEPS or seconds >= FIRST_SAVE_SECONDS
         mean = self.mean_seconds_between_preemptions or DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS
         return seconds >= auto_interval_seconds(save_seconds, mean)
 

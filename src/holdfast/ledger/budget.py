@@ -33,6 +33,7 @@ class Standing:
 
 class BudgetLedger:
     def __init__(self, store: ObjectStore, budget: Budget) -> None:
+        self.name = budget.name
         self._journal = Journal(store, f"budgets/{budget.name}/journal/")
         self._budget = budget
 
@@ -44,7 +45,7 @@ class BudgetLedger:
 
         def decide(entries: list[Entry]) -> tuple[str, datetime, dict[str, Any]] | None:
             standing = _standing(entries)
-            if token in standing.reserved_usd or any(entry.fields["token"] == token for entry in entries):
+            if token in standing.reserved_usd:
                 return None
             cap = self._budget
             if standing.committed_usd + usd > cap.max_usd + 1e-9:

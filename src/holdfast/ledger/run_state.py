@@ -26,7 +26,11 @@ class Attempt:
     usd_per_hour: float
     on_demand_usd_per_hour: float
     usd_reserved: float
+    budget: str = ""
+    """Name of the budget that the worst case is reserved from."""
     reason: str = ""
+    asked_to_end: tuple[Outcome, str] | None = None
+    """Why the orchestrator asked its machine to end: outcome and words."""
     machine: str = ""
     launched_at: datetime | None = None
     terminated_at: datetime | None = None
@@ -125,6 +129,7 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                         usd_per_hour=fields["usd_per_hour"],
                         on_demand_usd_per_hour=fields["on_demand_usd_per_hour"],
                         usd_reserved=fields["usd_reserved"],
+                        budget=fields.get("budget", ""),
                         reason=fields["reason"],
                     )
                 )
@@ -132,6 +137,8 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                 attempt = state.attempts[-1]
                 attempt.machine = fields["machine"]
                 attempt.launched_at = datetime.fromisoformat(fields["launched_at"])
+            case "asked-to-end":
+                state.attempts[-1].asked_to_end = (fields["outcome"], fields["why"])
             case "ended":
                 _end_attempt(state.attempts[-1], entry)
             case "fallback":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
@@ -49,7 +50,9 @@ def summarise(state: RunState) -> dict[str, Any]:
         "checkpoints": _checkpoints(state),
         "goodput": round(useful_seconds / state.billed_seconds, 4) if state.billed_seconds else None,
         "orchestrator_recoveries": state.recoveries,
-        "final_metrics": next((a.report["metrics"] for a in reversed(state.attempts) if a.report.get("metrics")), {}),
+        "final_metrics": _finite(
+            next((a.report["metrics"] for a in reversed(state.attempts) if a.report.get("metrics")), {})
+        ),
         "warnings": state.warnings,
         "attempts": attempts,
     }
@@ -185,6 +188,11 @@ def _checkpoints(state: RunState) -> dict[str, Any]:
 
 def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} s"
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity: a loss that exploded is null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _or_dash(value: object) -> object:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Literal
 
 from holdfast.drivers.protocol import Offer, ProvisioningModel
 from holdfast.runtime.contract import Outcome
 
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 30.0, 600.0
+"""When every pool has refused: the pause before asking them all again doubles from round to round."""
 COOL_DOWN = timedelta(minutes=10)
 """A pool that refused or preempted us is asked after the others for so long."""
 
@@ -51,11 +54,17 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    until: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     reason: str
 
 
-def decide(situation: Situation) -> Launch | GiveUp:
+def decide(situation: Situation) -> Launch | Wait | GiveUp:
     """Spot in the order of dollars per useful hour; on-demand after so many failed spot attempts in a row."""
     if len(situation.attempts) >= situation.max_attempts:
         return GiveUp(f"{len(situation.attempts)} attempts were made, which is max_attempts; raise it to go on")
@@ -63,11 +72,28 @@ def decide(situation: Situation) -> Launch | GiveUp:
     offers = [offer for offer in situation.offers if offer.pool.provisioning_model == model]
     if not offers:
         return GiveUp(f"no {model} pool fits the job's resources")
+    wait = _wait_after_a_round_of_refusals(situation, len(offers), model)
+    if wait:
+        return wait
     best = rank(offers, situation)[0]
     last = situation.attempts[-1] if situation.attempts else None
     fell_back = model == "on-demand" and last is not None and last.provisioning_model == "spot"
     price = f"${best.usd_per_hour:.3f}/h"
     return Launch(best, f"{why}; {best.pool.zone} at {price} is the best of {len(offers)} pools", fell_back)
+
+
+def _wait_after_a_round_of_refusals(situation: Situation, pools: int, model: ProvisioningModel) -> Wait | None:
+    refusals = list(
+        takewhile(
+            lambda attempt: attempt.outcome == "no-capacity" and attempt.provisioning_model == model,
+            reversed(situation.attempts),
+        )
+    )
+    rounds, rest = divmod(len(refusals), pools)
+    if not rounds or rest:
+        return None
+    until = refusals[0].ended_at + timedelta(seconds=min(FIRST_WAIT_SECONDS * 2 ** (rounds - 1), LONGEST_WAIT_SECONDS))
+    return Wait(until, f"all {pools} {model} pools have refused") if situation.now < until else None
 
 
 def failed_spot_attempts_in_a_row(attempts: Sequence[PastAttempt]) -> int:

@@ -164,14 +164,21 @@ class Agent:
         for event in self.folders.finish():
             self.telemetry.add(event)
         logs.finish(seconds=1.0)
-        stopped = status in (contract.EXIT_PREEMPTED_COMMITTED, contract.EXIT_PREEMPTED_UNCOMMITTED)
-        if status == contract.EXIT_FINISHED:
-            outcome = "finished"
-        elif stopped or (self._told_program and status in (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL)):
-            outcome = "preempted"
-        else:
-            outcome = "program-failed"
-        self._create_end({"outcome": outcome, "exit_status": status, "log_tail": logs.tail()})
+        self._create_end({"outcome": self._outcome(status), "exit_status": status, "log_tail": logs.tail()})
+
+    def _outcome(self, status: int) -> str:
+        """Why the program ended. Its exit status alone does not say: many save on SIGTERM and leave with 0."""
+        marks = self.telemetry.report["marks"]
+        if status in (contract.EXIT_PREEMPTED_COMMITTED, contract.EXIT_PREEMPTED_UNCOMMITTED) or "preempting" in marks:
+            return "preempted"
+        if self._told_program and "finished" not in marks:
+            if (
+                not self.telemetry.attached
+            ):  # it was sent SIGTERM; if it was done all the same, the next one ends at once
+                return "preempted"
+            if status in (contract.EXIT_FINISHED, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL):
+                return "preempted"
+        return "finished" if status == contract.EXIT_FINISHED else "program-failed"
 
     def _create_end(self, ending: dict[str, Any]) -> None:
         ending = {**ending, "at": self.clock.now().isoformat(), "report": self._report()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from holdfast.drivers.protocol import Driver, Machine
-from holdfast.errors import NotFoundError
+from holdfast.errors import HoldfastError, NotFoundError, TransientError
 from holdfast.runtime.contract import lease_key
 from holdfast.storage import ObjectStore
 from holdfast.supervision.ownership import Ownership
@@ -27,16 +27,23 @@ class Reaped:
 def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
     """Terminate every machine of this store's runs whose run has no live owner and whose lease is over.
 
-    Machines of other stores are left alone: their leases can't be read from here.
+    Machines of other stores are left alone: their leases can't be read from here. One machine that can't be judged or
+    ended does not keep the others alive; raises TransientError for it when they have had their turn.
     """
-    reaped = []
+    reaped, failures = [], []
     for machine in driver.machines({"holdfast-store": store.url}):
         if machine.state == "terminated":
             continue
-        if why := _why_orphaned(machine, driver, store):
-            driver.terminate(machine.id)
-            log.warning("orphan terminated machine=%s why=%s", machine.id, why)
-            reaped.append(Reaped(machine=machine.id, run_id=_run_of(machine), pool=str(machine.pool), why=why))
+        try:
+            if why := _why_orphaned(machine, driver, store):
+                driver.terminate(machine.id)
+                log.warning("orphan terminated machine=%s why=%s", machine.id, why)
+                reaped.append(Reaped(machine=machine.id, run_id=_run_of(machine), pool=str(machine.pool), why=why))
+        except (HoldfastError, OSError, ValueError, KeyError) as error:
+            log.error("machine=%s can't be judged or ended: %r", machine.id, error)
+            failures.append(f"{machine.id}: {error!r}")
+    if failures:
+        raise TransientError(f"{len(failures)} machines can't be judged or ended: {'; '.join(failures)}")
     return reaped
 
 

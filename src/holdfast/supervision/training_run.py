@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -21,6 +22,7 @@ from holdfast.errors import (
     AlreadyExistsError,
     CapacityError,
     ConfigError,
+    HoldfastError,
     OverBudgetError,
     QuotaError,
     RunTakenError,
@@ -31,7 +33,7 @@ from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry, Journal
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
 from holdfast.model import TrainingJob, parse_interval
-from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, decide
+from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, Wait, decide
 from holdfast.runtime import contract
 from holdfast.runtime.startup import SHUTDOWN_SCRIPT, startup_script
 from holdfast.storage import ObjectStore
@@ -45,9 +47,13 @@ from holdfast.supervision.watch import Ending, watch_attempt
 log = logging.getLogger(__name__)
 
 SETTLE_WALL_SECONDS = 300.0
+STORE_PATIENCE_WALL_SECONDS = 600.0
+"""How long an entry waits for a store that does not answer, before the run is given up."""
 FIRST_GUESS_RESTART_SECONDS = 120.0
 FIRST_GUESS_SAVE_SECONDS = 1.0
 RUN_TAG = "holdfast-run"
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
+"""Part of keys, tags, file names and artifact keys."""
 IDENTITY = ("name", "script", "module", "command", "args", "env")
 """What makes two jobs the same: the rest (resources, caps, intervals) may change between an end and a resume."""
 
@@ -70,6 +76,8 @@ class TrainingRun:
         self._journal = Journal(store, contract.journal_prefix(run_id))
         self._owner = Ownership(store, run_id)
         self._bundle: Bundle | None = None
+        self._unwritten_warnings: list[str] = []
+        self._folded: tuple[int, RunState] = (-1, RunState(run_id))
         self.keepalive = Keepalive(store, run_id, driver.clock, job.lease_seconds, self._owner)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -89,6 +97,7 @@ class TrainingRun:
             self._append("taken-over", owner=self._owner.number)
         if state.state in ("failed", "cancelled", "over-budget"):
             self._append("reopened", after=state.state)
+        self._settle_budget(closing=False)
         self.keepalive.start()
         return self
 
@@ -96,27 +105,65 @@ class TrainingRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.keepalive.stop()
-        if not self.keepalive.taken:
-            self._owner.release()
+        try:
+            if not self.taken:
+                self._owner.release()
+        except (
+            HoldfastError,
+            OSError,
+        ) as problem:  # it must not hide what ended the run; the owner is dead soon anyway
+            log.warning("run not released run=%s error=%s", self.run_id, problem)
 
     @property
     def state(self) -> RunState:
-        return read_run_state(self.run_id, self._journal)
+        """What the journal says, folded anew when it has grown. To be read, not changed."""
+        entries = list(self._journal)
+        if self._folded[0] != len(entries):
+            self._folded = (len(entries), read_run_state(self.run_id, entries))
+        return self._folded[1]
+
+    @property
+    def taken(self) -> bool:
+        """Has another process taken the run over? Then neither its machines nor its journal are ours to touch."""
+        if not self.keepalive.taken:
+            try:
+                self.keepalive.taken = not self._owner.is_mine()
+            except HoldfastError as error:
+                log.warning("can't ask who owns the run run=%s error=%s", self.run_id, error)
+        return self.keepalive.taken
 
     def close(self, state: str, detail: str = "") -> None:
-        """Settle every machine of the run and write its last word. Doing it again changes nothing."""
+        """Settle every machine of the run and write its last word. Doing it again changes nothing.
+
+        Raises HoldfastError when a run is to be finished whose last attempt has not finished.
+        """
+        last = self.state.attempts[-1] if self.state.attempts else None
+        if state == "finished" and (last is None or last.outcome != "finished"):
+            raise HoldfastError(f"run {self.run_id!r} is not finished: its last attempt is {last and last.outcome!r}")
         self.settle()
+        self._settle_budget(closing=True)
+        self._write_warnings()
         if self.state.state == "running":
             self._append("closed", state=state, detail=detail)
 
-    def cancel(self, why: str) -> None:
-        """End the open attempt's machine now and close the run as cancelled."""
+    def end(self, state: str, why: str) -> None:
+        """End the open attempt's machine now and close the run as `state`: cancelled, failed or over-budget."""
         if self.state.state == "running":
             self._finish_open_attempt("cancelled", why)
-            self.close("cancelled", why)
+            self.close(state, why)
+
+    def pause(self, until: datetime) -> None:
+        """Sleep on the cloud's clock. Raises RunTakenError when another process takes the run over meanwhile."""
+        clock = self.driver.clock
+        while (left := (until - clock.now()).total_seconds()) > 0:
+            if self.keepalive.taken:
+                raise self._taken_error()
+            time.sleep(min(1.0, left / clock.speed))
 
     def settle(self) -> None:
-        """Prove that no machine of the run lives. Raises TransientError when one does not go."""
+        """Prove that no machine of the run lives. Raises TransientError when one does not go, RunTakenError."""
+        if self.taken:
+            raise self._taken_error()
         self.keepalive.attempt = None
         give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
         while living := [machine for machine in self._machines() if machine.state != "terminated"]:
@@ -129,7 +176,7 @@ class TrainingRun:
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
-    def decide(self) -> Launch | GiveUp:
+    def decide(self) -> Launch | Wait | GiveUp:
         """Where to go next. Raises nothing: giving up is a decision too."""
         state = self.state
         return decide(
@@ -172,6 +219,7 @@ class TrainingRun:
             on_demand_usd_per_hour=launch.offer.on_demand_usd_per_hour,
             interruptions_per_hour=launch.offer.interruptions_per_hour,
             usd_reserved=usd,
+            budget=self._budget.name if self._budget else "",
             reason=launch.reason,
         )
         return self.state.attempts[-1]
@@ -185,9 +233,9 @@ class TrainingRun:
         assert attempt, "reserve() comes first"
         self.keepalive.attempt = attempt.number
         self.keepalive.renew()
-        request = self._launch_request(attempt)
         try:
-            machine = self.driver.launch(request)
+            living = self._machines(attempt.number)
+            machine = living[0] if living else self.driver.launch(self._launch_request(attempt))
         except CapacityError as error:
             self._record_end(attempt, Ending(outcome="no-capacity", detail=str(error)))
             raise
@@ -221,10 +269,17 @@ class TrainingRun:
 
     def warn(self, text: str) -> bool:
         """Put a warning into the journal once; True when it is new."""
-        if text in self.state.warnings:
+        if text in self.state.warnings or text in self._unwritten_warnings:
             return False
-        self._append("warned", text=text)
+        self._unwritten_warnings.append(text)
+        self._write_warnings()
         return True
+
+    def ask_to_stop(self, attempt: Attempt, outcome: contract.Outcome, why: str, grace_seconds: float) -> None:
+        """Let the attempt's machine commit and end itself; the journal remembers why, whoever sees its end."""
+        if not attempt.asked_to_end:
+            self._append("asked-to-end", attempt=attempt.number, outcome=outcome, why=why)
+        self.keepalive.ask_to_stop(outcome, grace_seconds)
 
     def usd_so_far(self, attempt: Attempt) -> float:
         """What the run has cost by now, the living machine included."""
@@ -237,13 +292,47 @@ class TrainingRun:
 
     # -- the journal --------------------------------------------------------------------------------------------------
 
-    def _append(self, kind: str, **fields: Any) -> Entry:
+    def _append(self, kind: str, patient: bool = True, **fields: Any) -> Entry:
+        """Waits for a store that does not answer: what has happened must be written down, however late."""
+        give_up_at = time.monotonic() + (STORE_PATIENCE_WALL_SECONDS if patient else 0)
+        pause = 0.5
+        while True:
+            try:
+                return self._journal.append(kind, self.driver.clock.now(), **fields)
+            except AlreadyExistsError as error:
+                self.keepalive.taken = True
+                raise self._taken_error() from error
+            except TransientError as error:
+                if time.monotonic() + pause > give_up_at:
+                    raise
+                log.warning("entry %r waits for the store run=%s error=%s", kind, self.run_id, error)
+                time.sleep(pause)
+                pause = min(2 * pause, 30.0)
+
+    def _taken_error(self) -> RunTakenError:
+        return RunTakenError(
+            f"run {self.run_id!r} was taken over by another process: it and its machines are that one's"
+        )
+
+    def _write_warnings(self) -> None:
+        """What the store does not take now is written with a later one."""
         try:
-            return self._journal.append(kind, self.driver.clock.now(), **fields)
-        except AlreadyExistsError as error:
-            raise RunTakenError(
-                f"run {self.run_id!r} was taken over by another process while this one slept"
-            ) from error
+            while self._unwritten_warnings:
+                self._append("warned", patient=False, text=self._unwritten_warnings[0])
+                del self._unwritten_warnings[0]
+        except TransientError as error:
+            log.warning("warning not written yet run=%s error=%s", self.run_id, error)
+
+    def _settle_budget(self, closing: bool) -> None:
+        """Whatever a crash left between an entry of ours and the budget's own. Doing it again changes nothing."""
+        now = self.driver.clock.now()
+        for attempt in self.state.attempts:
+            if attempt.budget and attempt.outcome:  # it may have been reserved from another budget than today's
+                ledger = BudgetLedger(self.store, Budget(name=attempt.budget, max_usd=0, max_machines=0))
+                ledger.settle(self._token(attempt.number), attempt.usd, now)
+        if closing and self._budget and not self.state.open_attempt:
+            # Reserved, but the attempt never came into the journal: no machine was asked for.
+            self._budget.settle(self._token(len(self.state.attempts) + 1), 0.0, now)
 
     def _record_end(self, attempt: Attempt, ending: Ending) -> None:
         """Bill the machine and write the attempt's end. Every second is charged here and nowhere else."""
@@ -268,21 +357,27 @@ class TrainingRun:
             report=ending.report,
         )
         self.keepalive.attempt = None
-        if self._budget:
-            self._budget.settle(self._token(attempt.number), usd, self.driver.clock.now())
+        try:
+            self._settle_budget(closing=False)
+        except TransientError as error:
+            log.warning("budget not settled yet run=%s error=%s", self.run_id, error)  # close() does it
 
     def _finish_open_attempt(self, outcome: contract.Outcome, why: str) -> None:
         attempt = self.state.open_attempt
         if attempt is None:
             return
-        if not attempt.machine and not any(self._machines(attempt.number)):
+        if self.taken:
+            raise self._taken_error()
+        machines = self._machines(attempt.number)
+        for machine in machines:  # before anything is written: a journal that can't be must not keep a machine alive
+            self.driver.terminate(machine.id)
+        if not attempt.machine and not machines:
             self._record_end(attempt, Ending(outcome=outcome, detail=why))
             return
         if not attempt.machine:  # the crash came between the launch and its record
-            machine = self._machines(attempt.number)[0]
+            machine = machines[0]
             self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
             attempt = self.state.attempts[-1]
-        self.driver.terminate(attempt.machine)
         for told in watch_attempt(self, attempt, asked_to_end=outcome):
             if isinstance(told, Ending):
                 self._record_end(attempt, dataclasses.replace(told, detail=told.detail or why))
@@ -374,6 +469,8 @@ def open_run(
     Raises ConfigError with every problem in one message; entering raises RunTakenError when another process has it.
     """
     run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
     check_store(store)
     offers = check_job(job, driver)
     run = TrainingRun(job, driver, store, budget, run_id, offers)
@@ -426,7 +523,7 @@ def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
 
 def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
     decision = run.decide()
-    if isinstance(decision, GiveUp):
+    if not isinstance(decision, Launch):  # nothing was tried yet, so there is nothing to wait for
         raise ConfigError(f"resources: {decision.reason}")
     if budget is None:
         return

@@ -7,7 +7,17 @@ from datetime import datetime
 from typing import Any, Literal
 
 UpdateKind = Literal[
-    "launched", "refused", "fallback", "resumed", "committed", "notice", "preempted", "ended", "warned", "progress"
+    "launched",
+    "refused",
+    "fallback",
+    "waiting",
+    "resumed",
+    "committed",
+    "notice",
+    "preempted",
+    "ended",
+    "warned",
+    "progress",
 ]
 
 

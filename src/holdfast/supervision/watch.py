@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from holdfast.supervision.training_run import TrainingRun
 
 BOOT_SECONDS = 900.0
-SILENT_SECONDS = 600.0
+SILENT_SECONDS, SILENT_WALL_SECONDS = 600.0, 60.0
 """A machine that runs but is not heard of for so long is lost (cloud seconds, and never under a minute of the wall)."""
 POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
@@ -63,6 +63,13 @@ class _Watch:
         self.why_asked = ""
         self.ended_at: datetime | None = None
         self.detail = ""
+        self.seen: Machine | None = None
+        self.seen_at = self.clock.now()
+        self.warned_of_commits = False
+        if attempt.asked_to_end and not asked_to_end:  # by an orchestrator that died since
+            self.asked_to_end, self.detail = attempt.asked_to_end
+            self.asked_at = self.clock.now()
+            run.keepalive.ask_to_stop(self.asked_to_end, STOP_GRACE_SECONDS)
 
     def updates(self) -> Iterator[Update | Ending]:
         while True:
@@ -75,7 +82,12 @@ class _Watch:
                     yield from self._news()  # what it stored between our two looks
                     yield self._ending(machine)
                     return
-                yield from self._act(machine)
+                if machine is None and self._is_silent(SILENT_SECONDS):
+                    self.run.driver.terminate(self.attempt.machine)  # in case it is there after all
+                    yield self._ending(self._vanished())
+                    return
+                if machine:
+                    yield from self._act(machine)
             except TransientError as error:
                 if self.run.warn(f"attempt {self.attempt.number}: supervision went on after errors of store or cloud"):
                     yield self._update("warned", f"{error}; going on")
@@ -85,8 +97,24 @@ class _Watch:
         tags = {"holdfast-run": self.run.run_id, "holdfast-attempt": str(self.attempt.number)}
         for machine in self.run.driver.machines(tags):
             if machine.id == self.attempt.machine:
+                self.seen, self.seen_at = machine, self.clock.now()
                 return machine
         return None
+
+    def _vanished(self) -> Machine:
+        """A machine that the cloud has not shown for long: it is billed up to when it was last seen or heard of."""
+        attempt = self.attempt
+        assert attempt.launched_at
+        until = max(self.heard_at, self.seen_at if self.seen else attempt.launched_at)
+        return Machine(
+            id=attempt.machine,
+            pool=attempt.pool,
+            state="terminated",
+            launched_at=attempt.launched_at,
+            terminated_at=until,
+            reason="host-failed",
+            detail="the cloud does not show the machine any more",
+        )
 
     # -- what the machine says ----------------------------------------------------------------------------------------
 
@@ -124,17 +152,15 @@ class _Watch:
                 if self.run.warn(text):
                     yield self._update("warned", text, event)
             case "commit-failed":
-                self.run.warn(f"attempt {self.attempt.number}: commits failed, last with: {event['error']}")
+                if not self.warned_of_commits:  # once: a store that stays away would fill the journal
+                    self.warned_of_commits = True
+                    self.run.warn(f"attempt {self.attempt.number}: commits failed, first with: {event['error']}")
                 yield self._update("warned", f"commit at step {event['step']} failed: {event['error']}", event)
 
     # -- what is to be done about it ----------------------------------------------------------------------------------
 
-    def _act(self, machine: Machine | None) -> Iterator[Update]:
+    def _act(self, machine: Machine) -> Iterator[Update]:
         now = self.clock.now()
-        if machine is None:
-            # A cloud may take a while to show a new machine; one that stays away was never there, or is long gone.
-            self._end_if_silent("the cloud does not show the machine", SILENT_SECONDS)
-            return
         if self._stored_end() is not None:
             self.ended_at = self.ended_at or now
             if now - self.ended_at > timedelta(seconds=POWER_OFF_SECONDS):
@@ -143,14 +169,17 @@ class _Watch:
             if now - self.asked_at > timedelta(seconds=2 * STOP_GRACE_SECONDS):
                 self.run.driver.terminate(machine.id)
         else:
-            self._end_if_silent("the machine was not heard of", SILENT_SECONDS if self.report else BOOT_SECONDS)
+            self._end_if_silent(SILENT_SECONDS if self.report else BOOT_SECONDS)
             yield from self._enforce_limits(machine, now)
         yield from self._notice_missing_checkpoints(now)
 
-    def _end_if_silent(self, what: str, seconds: float) -> None:
+    def _is_silent(self, seconds: float) -> bool:
         silent = (self.clock.now() - self.heard_at).total_seconds()
-        if silent > seconds and time.monotonic() - self.heard_wall > 60:
-            self.detail = f"{what} for {silent:.0f} s"
+        return silent > seconds and time.monotonic() - self.heard_wall > SILENT_WALL_SECONDS
+
+    def _end_if_silent(self, seconds: float) -> None:
+        if self._is_silent(seconds):
+            self.detail = f"the machine was not heard of for over {seconds:.0f} s"
             self.asked_to_end = self.asked_to_end or "lost"
             self.run.driver.terminate(self.attempt.machine)
 
@@ -169,12 +198,12 @@ class _Watch:
     def _ask(self, outcome: Outcome, why: str) -> Update:
         """The machine is asked, through its lease, to commit and to end itself."""
         self.asked_to_end, self.detail, self.asked_at = outcome, why, self.clock.now()
-        self.run.keepalive.ask_to_stop(outcome, STOP_GRACE_SECONDS)
+        self.run.ask_to_stop(self.attempt, outcome, why, STOP_GRACE_SECONDS)
         return self._update("warned", why)
 
     def _notice_missing_checkpoints(self, now: datetime) -> Iterator[Update]:
         started = self.report.get("marks", {}).get("program-started")
-        if not started or not self._never_checkpointed(self.report):
+        if not started or "attached" in self.report["marks"] or not self._nothing_committed():
             return
         if now - datetime.fromisoformat(started) > timedelta(seconds=NO_CHECKPOINT_SECONDS) and self.run.warn(
             NEVER_CHECKPOINTED
@@ -188,8 +217,8 @@ class _Watch:
         report = (stored or {}).get("report") or self.report
         console = self.run.driver.console(machine.id)
         outcome, detail = self._outcome(machine, stored, console)
-        if outcome == "finished" and self._never_checkpointed(report):
-            self.run.warn(NEVER_CHECKPOINTED)
+        if outcome == "finished":
+            self._warn_of_an_odd_end(report)
         steps = [int(step) for step in TRAINED.findall(console)]
         committed = self._committed_step()
         resumed = report.get("resumed_step")
@@ -209,11 +238,19 @@ class _Watch:
             report={name: report[name] for name in kept if name in report},
         )
 
-    def _never_checkpointed(self, report: dict[str, Any]) -> bool:
-        """Its program runs, has not attached, and has committed no folder either, in this attempt or before."""
+    def _warn_of_an_odd_end(self, report: dict[str, Any]) -> None:
         marks = report.get("marks", {})
-        silent = "program-started" in marks and "attached" not in marks and self._committed_step() is None
-        return silent and not self.run.state.committed_step
+        if "attached" in marks and "finished" not in marks:
+            self.run.warn(
+                f"the program ended after step {report.get('step') or 0} of {report.get('total_steps') or 'unknown'} "
+                f"without asking for the next one, so what it did after step {report.get('committed_step') or 0} was not "
+                "committed; end a loop early with run.stop(), not with break"
+            )
+        elif self._nothing_committed():
+            self.run.warn(NEVER_CHECKPOINTED)
+
+    def _nothing_committed(self) -> bool:
+        return self._committed_step() is None and not self.run.state.committed_step
 
     def _outcome(self, machine: Machine, stored: dict[str, Any] | None, console: str) -> tuple[Outcome, str]:
         said: Outcome | None = stored["outcome"] if stored else None

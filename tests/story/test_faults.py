@@ -1,0 +1,275 @@
+"""Faults around a run: of the store, of the cloud, of the server, of another orchestrator. None ends as finished."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.drivers.local.config import Fate
+from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, RunTakenError, TransientError
+from holdfast.ledger.budget import Budget, BudgetLedger
+from holdfast.model import Fallback, Resources
+from holdfast.storage import DirectoryStore, ObjectInfo
+from holdfast.storage.protocol import Data
+from holdfast.supervision.training_run import TrainingRun, open_run
+from tests.chaos.runs import (
+    assert_nothing_left,
+    carry,
+    cloud,
+    light_job,
+    outcomes,
+    story_of,
+    summary_of,
+    tiny_job,
+    trained_again,
+    wait_until,
+)
+
+
+class Outage(DirectoryStore):
+    """A store that does not answer the orchestrator from `begin` on, for `seconds`; the machines have a way of their own."""
+
+    seconds = 0.0
+    began: float | None = None
+
+    def begin(self, seconds: float) -> None:
+        self.seconds, self.began = seconds, time.monotonic()
+
+    def _answer(self) -> None:
+        if self.began is not None and time.monotonic() - self.began < self.seconds:
+            raise TransientError("the store does not answer")
+
+    def get(self, key: str) -> bytes:
+        self._answer()
+        return super().get(key)
+
+    def put(self, key: str, data: Data | Iterable[Data]) -> None:
+        self._answer()
+        super().put(key, data)
+
+    def create(self, key: str, data: Data | Iterable[Data]) -> None:
+        self._answer()
+        super().create(key, data)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        self._answer()
+        return super().list(prefix)
+
+
+def when_step(step: int, driver: Any, act: Callable[[], None]) -> threading.Thread:
+    def wait() -> None:
+        wait_until(lambda: any(f"holdfast: step {step} " in driver.console(m.id) for m in driver.machines({})))
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("seconds", [0.05, 3.0])
+def test_a_store_that_is_away_for_a_while_costs_nothing(seconds: float, folder: Path, store: DirectoryStore) -> None:
+    driver, shaky = cloud(folder, []), Outage(folder / ".holdfast")
+    thread = when_step(20, driver, lambda: shaky.begin(seconds))
+    _, summary = carry(light_job(folder, steps=200), driver, shaky, "light")
+    thread.join()
+    assert outcomes(summary) == [("spot", "finished")]
+    assert summary["steps_total"] == 200
+    assert summary["usd_total"] > 0
+    assert_nothing_left(driver)
+
+
+def test_a_store_that_is_away_at_the_end_delays_the_end(folder: Path, store: DirectoryStore) -> None:
+    driver, shaky = cloud(folder, []), Outage(folder / ".holdfast")
+    thread = when_step(98, driver, lambda: shaky.begin(4))
+    _, summary = carry(light_job(folder), driver, shaky, "light")
+    thread.join()
+    assert outcomes(summary) == [("spot", "finished")]
+
+
+def test_a_run_that_was_taken_over_leaves_the_new_owner_s_machine_alone(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [])
+    run = open_run(light_job(folder, steps=500), driver, store, None, "light")
+
+    def take_over() -> None:
+        owner = {"host": "elsewhere", "pid": 1, "pid_created_at": 0, "claimed_at": "2026-11-01T00:00:00+00:00"}
+        store.create("runs/light/owners/000002.json", json.dumps(owner).encode())
+
+    thread = when_step(20, driver, take_over)
+    with pytest.raises(RunTakenError):
+        story_of(run)()
+    thread.join()
+    [machine] = driver.machines({})
+    assert machine.state == "running"
+    assert not (folder / ".holdfast/runs/light/summary.json").exists()
+    driver.terminate(machine.id)
+    wait_until(lambda: driver.machines({})[0].state == "terminated")
+
+
+def test_an_error_in_the_supervision_is_no_success(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [])
+    run = open_run(light_job(folder, steps=500), driver, store, None, "light")
+
+    def break_the_cloud() -> None:
+        def broken(*_: Any) -> Any:
+            driver.price_history = type(driver).price_history.__get__(driver)  # type: ignore[method-assign]
+            raise ValueError("a price list that makes no sense")
+
+        driver.price_history = broken  # type: ignore[method-assign]
+
+    thread = when_step(20, driver, break_the_cloud)
+    with pytest.raises(ValueError, match="makes no sense"):
+        story_of(run)()
+    thread.join()
+    assert run.state.state == "failed"
+    assert [attempt.outcome for attempt in run.state.attempts] == ["cancelled"]
+    assert run.state.usd_total > 0
+    assert_nothing_left(driver)
+    _, summary = carry(light_job(folder, steps=500), driver, store, "light")  # and it can be taken up again
+    assert summary["state"] == "finished"
+    assert summary["lost_steps"] == trained_again(folder, "light")
+
+
+def test_a_machine_that_the_cloud_does_not_show_any_more_does_not_hold_the_run_up(
+    folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.supervision.watch.SILENT_SECONDS", 2.0)
+    monkeypatch.setattr("holdfast.supervision.watch.SILENT_WALL_SECONDS", 2.0)
+    driver = cloud(folder, [])
+    shown, hidden = driver.machines, set[str]()
+    driver.machines = lambda tags: [m for m in shown(tags) if m.id not in hidden]  # type: ignore[method-assign]
+
+    def hide() -> None:
+        [machine] = shown({})
+        hidden.add(machine.id)
+        driver.terminate(machine.id)
+
+    thread = when_step(20, driver, hide)
+    _, summary = carry(light_job(folder, fallback=Fallback(after_failed_spot_attempts=10)), driver, store, "light")
+    thread.join()
+    assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]  # it had said so in the store
+    assert summary["attempts"][0]["billed_seconds"] >= 60
+    assert summary["lost_steps"] == trained_again(folder, "light")
+
+
+def test_refusals_by_every_pool_are_not_asked_again_at_once(folder: Path, store: DirectoryStore) -> None:
+    only = Resources(zones=["local-1a"], instance_types=["c7i.large"])
+    job = light_job(folder, steps=20, provisioning="spot", resources=only)
+    driver = cloud(folder, [Fate(refuse=True)] * 2, clock_speed=20.0)
+    run, summary = carry(job, driver, store, "light")
+    assert outcomes(summary) == [("spot", "no-capacity"), ("spot", "no-capacity"), ("spot", "finished")]
+    first, second, third = run.state.attempts
+    assert (second.reserved_at - first.detected_at).total_seconds() >= 30  # type: ignore[operator]
+    assert (third.reserved_at - second.detected_at).total_seconds() >= 60  # type: ignore[operator]
+
+
+class Killed(BaseException):
+    """The orchestrator is gone at this very line."""
+
+
+BUDGET = Budget(name="team", max_usd=1, max_machines=1)
+
+
+def killed_at(run: TrainingRun, kind: str, before: bool) -> None:
+    """The run's process dies at the journal entry of that kind."""
+    append = run._journal.append
+
+    def dies(written: str, *arguments: Any, **fields: Any) -> Any:
+        if written != kind:
+            return append(written, *arguments, **fields)
+        if not before:
+            append(written, *arguments, **fields)
+        raise Killed
+
+    run._journal.append = dies  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "kind, before", [("reserved", True), ("reserved", False), ("launched", True), ("ended", False)]
+)
+def test_a_budget_forgets_nothing_wherever_the_orchestrator_is_killed(
+    kind: str, before: bool, folder: Path, store: DirectoryStore
+) -> None:
+    driver = cloud(folder, [Fate(at_step=30, notice=False)])
+    job = light_job(folder, steps=60)
+    dying = open_run(job, driver, store, BUDGET, "light")
+    killed_at(dying, kind, before)
+    with pytest.raises(Killed), dying:
+        dying.reserve(dying.decide())  # type: ignore[arg-type]
+        dying.launch()
+        list(dying.supervise())
+    run = open_run(job, driver, store, BUDGET, "light")
+    summary = story_of(run)()
+    assert summary["state"] == "finished"
+    assert len(driver.machines({})) == len(summary["attempts"]) == 2
+    standing = BudgetLedger(store, BUDGET).standing()
+    assert standing.reserved_usd == {}
+    assert standing.spent_usd == summary["usd_total"]
+
+
+def test_a_reservation_without_an_attempt_goes_when_the_run_is_closed(folder: Path, store: DirectoryStore) -> None:
+    run = open_run(light_job(folder), cloud(folder, []), store, BUDGET, "light")
+    killed_at(run, "reserved", before=True)
+    with run:
+        with pytest.raises(Killed):
+            run.reserve(run.decide())  # type: ignore[arg-type]
+        run.end("cancelled", "Ctrl-C")
+    assert BudgetLedger(store, BUDGET).standing().reserved_usd == {}
+
+
+def test_a_machine_ends_at_once_even_when_its_end_cannot_be_written_yet(folder: Path, store: DirectoryStore) -> None:
+    driver, shaky = cloud(folder, []), Outage(folder / ".holdfast")
+    run = open_run(light_job(folder, steps=2000), driver, shaky, None, "light")
+    with run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        run.launch()
+        shaky.begin(8)
+        ending = threading.Thread(target=run.end, args=("cancelled", "Ctrl-C"))
+        ending.start()
+        wait_until(lambda: driver.machines({})[0].state == "terminated", 7)
+        assert ending.is_alive()  # it waits for the store
+        ending.join(30)
+    assert [attempt.outcome for attempt in run.state.attempts] == ["cancelled"]
+    assert run.state.state == "cancelled"
+
+
+@pytest.mark.parametrize("run_id", ["My_Run", "../x", "a b", "ä", "-x", "x" * 81])
+def test_a_run_id_that_is_no_name_is_refused(run_id: str, folder: Path, store: DirectoryStore) -> None:
+    with pytest.raises(ConfigError, match="run_id"):
+        open_run(light_job(folder), cloud(folder, []), store, None, run_id)
+
+
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_a_program_that_saves_on_sigterm_and_leaves_with_any_status_was_preempted(
+    status: str, folder: Path, store: DirectoryStore
+) -> None:
+    job = light_job(folder, "graceful").model_copy(update={"script": "graceful.py", "args": ["60", status]})
+    summary = summary_of(folder, job, [Fate(after_seconds=1.5, notice=True)], store)
+    assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]
+    assert trained_again(folder, "graceful") == 0
+
+
+def test_a_loop_that_is_left_by_break_is_said(folder: Path, store: DirectoryStore) -> None:
+    job = light_job(folder, "breaking").model_copy(update={"script": "breaking.py", "args": []})
+    summary = summary_of(folder, job, [], store)
+    assert any("run.stop(), not with break" in warning for warning in summary["warnings"]), summary["warnings"]
+
+
+def test_ranks_that_would_overwrite_each_other_are_refused(folder: Path, store: DirectoryStore) -> None:
+    job = tiny_job(folder, "ranks", script="light.py")
+    job = job.model_copy(update={"env": {**job.env, "WORLD_SIZE": "2"}})
+    with pytest.raises(HoldfastError, match="WORLD_SIZE is 2"):
+        carry(job, cloud(folder, []), store, "ranks")
+
+
+def test_an_over_budget_run_says_so(folder: Path, store: DirectoryStore) -> None:
+    job = light_job(folder, steps=3000, max_run_hours=0.05)
+    driver = cloud(folder, [], clock_speed=20.0)
+    with pytest.raises(OverBudgetError, match="max_run_hours"):
+        carry(job, driver, store, "light")
+    assert_nothing_left(driver)

@@ -186,7 +186,7 @@ def interrupted_run(folder: Path, number: int, kills: int) -> list[Recovery]:
     from holdfast.drivers.local.config import Fate, ScriptedMarket
     from holdfast.model import Checkpointing, Fallback, TrainingJob
     from holdfast.storage import DirectoryStore
-    from holdfast.supervision.training_run import open_run
+    from holdfast.supervision.opening import open_run
 
     steps = [STEPS_BETWEEN_KILLS * kill + TRIGGER_OFFSET for kill in range(1, kills + 1)]
     job = TrainingJob(

@@ -19,8 +19,9 @@ from holdfast.errors import ConfigError, HoldfastError
 from holdfast.ledger.run_state import RunState
 from holdfast.model import Fallback, TrainingJob
 from holdfast.storage import DirectoryStore
+from holdfast.supervision.opening import open_run
 from holdfast.supervision.rehearsal import Evidence, Verdict, judge
-from holdfast.supervision.training_run import TrainingRun, open_run
+from holdfast.supervision.training_run import TrainingRun
 
 FOLDER = Path(".holdfast/rehearsals")
 NEVER_FALL_BACK = 10_000

@@ -16,7 +16,8 @@ from holdfast.ledger.run_state import Attempt
 from holdfast.ledger.summary import headline
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import GiveUp, Launch
-from holdfast.supervision.training_run import TrainingRun, open_run
+from holdfast.supervision.opening import open_run
+from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
 from tasks.costs import load_notification, publish_summary
 from tasks.machines import launch_machine, settle_machines

@@ -17,7 +17,8 @@ from holdfast.drivers.local.processes import marked
 from holdfast.ledger.billing import add_usd
 from holdfast.model import Checkpointing, Fallback, TrainingJob
 from holdfast.storage import DirectoryStore
-from holdfast.supervision.training_run import TrainingRun, open_run
+from holdfast.supervision.opening import open_run
+from holdfast.supervision.training_run import TrainingRun
 from tests.conftest import PROGRAMS
 
 

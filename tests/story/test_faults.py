@@ -17,7 +17,8 @@ from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import Fallback, Resources
 from holdfast.storage import DirectoryStore, ObjectInfo
 from holdfast.storage.protocol import Data
-from holdfast.supervision.training_run import TrainingRun, open_run
+from holdfast.supervision.opening import open_run
+from holdfast.supervision.training_run import TrainingRun
 from tests.chaos.runs import (
     assert_nothing_left,
     carry,

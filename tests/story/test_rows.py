@@ -14,7 +14,7 @@ from flows.train import carry_out
 from holdfast.drivers.local.config import Fate
 from holdfast.model import Fallback
 from holdfast.storage import DirectoryStore
-from holdfast.supervision.training_run import open_run
+from holdfast.supervision.opening import open_run
 from tests.chaos.runs import cloud, light_job
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -40,7 +39,7 @@ from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
 from holdfast.supervision.keepalive import Keepalive
 from holdfast.supervision.ownership import Ownership
-from holdfast.supervision.preflight import check_job, check_store, fitting_offers
+from holdfast.supervision.preflight import fitting_offers
 from holdfast.supervision.updates import Update
 from holdfast.supervision.watch import Ending, watch_attempt
 
@@ -52,14 +51,12 @@ STORE_PATIENCE_WALL_SECONDS = 600.0
 FIRST_GUESS_RESTART_SECONDS = 120.0
 FIRST_GUESS_SAVE_SECONDS = 1.0
 RUN_TAG = "holdfast-run"
-RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
-"""Part of keys, tags, file names and artifact keys."""
 IDENTITY = ("name", "script", "module", "command", "args", "env")
 """What makes two jobs the same: the rest (resources, caps, intervals) may change between an end and a resume."""
 
 
 class TrainingRun:
-    """Made by `open_run`; a context manager that gives the run back, whatever happens."""
+    """Made by `open_run` (opening.py); a context manager that gives the run back, whatever happens."""
 
     def __init__(
         self,
@@ -113,6 +110,11 @@ class TrainingRun:
             OSError,
         ) as problem:  # it must not hide what ended the run; the owner is dead soon anyway
             log.warning("run not released run=%s error=%s", self.run_id, problem)
+
+    def read(self) -> RunState:
+        """The state with what others have written since."""
+        self._journal.read()
+        return self.state
 
     @property
     def state(self) -> RunState:
@@ -461,28 +463,6 @@ class TrainingRun:
         )
 
 
-def open_run(
-    job: TrainingJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
-) -> TrainingRun:
-    """Check everything that can be wrong, then return the run, to be entered. Nothing is launched or written before.
-
-    Raises ConfigError with every problem in one message; entering raises RunTakenError when another process has it.
-    """
-    run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
-    if not RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
-    check_store(store)
-    offers = check_job(job, driver)
-    run = TrainingRun(job, driver, store, budget, run_id, offers)
-    state = read_run_state(run_id, run._journal.read())
-    if state.state == "new":
-        _refuse_what_others_left(store, run_id)
-        _refuse_small_budget(run, budget)
-    elif state.fingerprint != fingerprint(job):
-        raise ConfigError(_difference(state.job, job, run_id))
-    return run
-
-
 def fingerprint(job: TrainingJob) -> str:
     identity = job.model_dump(mode="json", include=set(IDENTITY))
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -511,41 +491,6 @@ def _made_progress(attempt: Attempt, job: TrainingJob) -> bool:
     if unit == "seconds" and attempt.step_seconds is not None:
         return new > 0 and new * attempt.step_seconds >= number / 2
     return new > 0
-
-
-def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
-    if store.list(contract.checkpoint_prefix(run_id)):
-        raise ConfigError(
-            f"store: {store.url!r} holds checkpoints under run id {run_id!r} that no journal explains: they are another "
-            "job's; use another run_id, or another store"
-        )
-
-
-def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
-    decision = run.decide()
-    if not isinstance(decision, Launch):  # nothing was tried yet, so there is nothing to wait for
-        raise ConfigError(f"resources: {decision.reason}")
-    if budget is None:
-        return
-    worst = decision.offer.on_demand_usd_per_hour * run.job.max_run_hours
-    left = budget.max_usd - BudgetLedger(run.store, budget).standing().committed_usd
-    if worst > left + 1e-9:
-        raise ConfigError(
-            f"budget {budget.name!r}: ${left:.2f} is left of max_usd {budget.max_usd:.2f}, but the first attempt may cost "
-            f"${worst:.2f} ({run.job.max_run_hours:g} h at ${decision.offer.on_demand_usd_per_hour:.3f}/h, the on-demand "
-            "price); raise max_usd, or lower the job's max_run_hours"
-        )
-
-
-def _difference(before: dict[str, Any], job: TrainingJob, run_id: str) -> str:
-    now = job.model_dump(mode="json")
-    for field in IDENTITY:
-        if before.get(field) != now[field]:
-            return (
-                f"run_id {run_id!r} belongs to another job: its {field} is {before.get(field)!r}, this one's is "
-                f"{now[field]!r}; use another run_id, or another store"
-            )
-    return f"run_id {run_id!r} belongs to another job; use another"
 
 
 def _iso(at: datetime) -> str:

@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from holdfast.drivers.local import LocalDriver
+from holdfast.drivers.local import LocalDriver, processes
 from holdfast.drivers.local import machine_files as files
 from holdfast.drivers.local.config import Fate, ScriptedMarket, SeededMarket
 from holdfast.drivers.local.processes import marked
 from holdfast.drivers.protocol import CapacityPool
 from holdfast.errors import CapacityError, ConfigError
+from holdfast.process_identity import lives
 from tests.contract.machines import (
     AWS_POOL,
     GCP_POOL,
@@ -300,6 +302,69 @@ def test_a_host_that_is_killed_is_noticed_and_leaves_no_process(make: Make, tmp_
     assert len(wait_for(lambda: marked(machine.id))) >= 3
     over = ended(driver, machine)
     assert (over.reason, over.detail) == ("host-failed", "the machine's host died")
+    assert marked(machine.id) == []
+
+
+def given_up(make: Make, tmp_path: Path) -> tuple[LocalDriver, Path]:
+    """A machine whose host was never started: the launching process died in between, a minute ago."""
+    driver = make()
+    original = driver.launch(request("run-0", "true"))
+    ended(driver, original)
+    machines = tmp_path / "cloud" / "machines"
+    spec = {**(files.read_json(machines / original.id / files.SPEC) or {}), "id": "i-late", "startup_script": SLEEP}
+    (machines / "i-late").mkdir()
+    files.write_json(machines / "i-late" / files.SPEC, spec)
+    minute_ago = time.time() - 60
+    os.utime(machines / "i-late" / files.SPEC, (minute_ago, minute_ago))
+    return driver, machines / "i-late"
+
+
+def start_host(folder: Path, program: Sequence[str] = ("-m", "holdfast.drivers.local.host")) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, files.HOST_MARK: folder.name}
+    return subprocess.Popen([sys.executable, *program, str(folder)], cwd=folder, env=environment)
+
+
+def test_a_host_that_comes_up_after_it_was_given_up_starts_no_machine(make: Make, tmp_path: Path) -> None:
+    driver, folder = given_up(make, tmp_path)
+    assert [machine.reason for machine in driver.machines({}) if machine.id == "i-late"] == ["host-failed"]
+    assert start_host(folder).wait(30) == 0
+    assert not (folder / files.RUNNING).exists() and not (folder / files.CONSOLE).exists()
+    assert marked("i-late") == []
+
+
+def test_a_host_that_is_given_up_while_it_comes_up_ends_its_machine(make: Make, tmp_path: Path) -> None:
+    driver, folder = given_up(make, tmp_path)
+    host = start_host(folder)
+    wait_for((folder / files.RUNNING).exists)
+    assert marked("i-late")
+    files.record_end(folder, "host-failed", driver.clock.now())
+    assert host.wait(30) == 0
+    assert marked("i-late") == []
+    assert [machine.reason for machine in driver.machines({}) if machine.id == "i-late"] == ["host-failed"]
+
+
+def test_whoever_gives_a_host_up_ends_it(make: Make, tmp_path: Path) -> None:
+    driver, folder = given_up(make, tmp_path)
+    slow = start_host(folder, ("-c", "import time; time.sleep(300)"))
+    wait_for(lambda: marked("i-late", files.HOST_MARK))
+    assert [machine.state for machine in driver.machines({}) if machine.id == "i-late"] == ["terminated"]
+    assert slow.wait(30) == -signal.SIGKILL
+
+
+def test_an_end_is_not_recorded_while_processes_are_left(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make()
+    machine = driver.launch(request("run-1"))
+    host = files.read_json(tmp_path / "cloud" / "machines" / machine.id / files.RUNNING)
+    assert host
+    os.kill(host["pid"], signal.SIGKILL)
+    wait_for(lambda: not lives(host))
+    monkeypatch.setattr(processes, "TRIES_SECONDS", 0.0)  # they could not be ended in the time there was
+    assert described(driver, machine).state == "running"
+    assert marked(machine.id)
+    monkeypatch.undo()
+    assert described(driver, machine).reason == "host-failed"
     assert marked(machine.id) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from holdfast.drivers.local.processes import kill_marked
 from holdfast.drivers.protocol import BillingTerms, CapacityPool, LaunchRequest, Machine, Offer, PricePoint
 from holdfast.errors import CapacityError, ConfigError, TransientError
 from holdfast.process_identity import lives
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 20.0
 CONSOLE_BYTES = 64 * 1024
@@ -158,9 +161,11 @@ class LocalDriver:
         end = machine_files.read_json(folder / machine_files.END)
         host = machine_files.read_json(folder / machine_files.RUNNING)
         if end is None and self._host_is_dead(folder, host):
-            kill_marked(spec["id"])
-            machine_files.record_end(folder, "host-failed", self.clock.now())
-            end = machine_files.read_json(folder / machine_files.END)
+            if kill_marked(spec["id"]):
+                machine_files.record_end(folder, "host-failed", self.clock.now())
+                end = machine_files.read_json(folder / machine_files.END)
+            else:
+                log.error("processes are left that can't be ended machine=%s", spec["id"])
         if end:
             state = "terminated"
         elif (folder / machine_files.TERMINATE).exists():
@@ -181,7 +186,8 @@ class LocalDriver:
     def _host_is_dead(self, folder: Path, host: dict[str, Any] | None) -> bool:
         if host:
             return not lives(host) and not (folder / machine_files.END).exists()
-        # Not yet reported: its starter may have died between the file and the process.
+        # Not yet reported: its starter may have died between the file and the process, or it is slow. One that comes up
+        # after all finds the end recorded, and its machine does not start, or is ended.
         age = time.time() - (folder / machine_files.SPEC).stat().st_mtime
         return age > START_SECONDS
 
@@ -190,8 +196,8 @@ class LocalDriver:
         while not (folder / machine_files.RUNNING).exists() and not (folder / machine_files.END).exists():
             if time.monotonic() > give_up_at:
                 self._describe(folder)
-                log = (folder / "host.log").read_text(errors="replace") if (folder / "host.log").exists() else ""
-                raise TransientError(f"machine in {folder} did not start within {START_SECONDS:.0f} s: {log[-2000:]}")
+                said = (folder / "host.log").read_text(errors="replace") if (folder / "host.log").exists() else ""
+                raise TransientError(f"machine in {folder} did not start within {START_SECONDS:.0f} s: {said[-2000:]}")
             time.sleep(0.005)
 
     def _folder(self, machine_id: str) -> Path | None:
@@ -233,13 +239,18 @@ def _known(pool: CapacityPool) -> tuple[catalogue.Zone, catalogue.InstanceType]:
 
 def _start_host(folder: Path) -> None:
     package_root = str(Path(__file__).parents[3])
-    with open(folder / "host.log", "wb") as log:
+    with open(folder / "host.log", "wb") as output:
         subprocess.Popen(
             [sys.executable, "-m", "holdfast.drivers.local.host", str(folder)],
             cwd=folder,
-            env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": package_root, "LANG": "C.UTF-8"},
+            env={
+                "PATH": os.environ.get("PATH", ""),
+                "PYTHONPATH": package_root,
+                "LANG": "C.UTF-8",
+                machine_files.HOST_MARK: folder.name,
+            },
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

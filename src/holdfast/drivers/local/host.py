@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ from holdfast.drivers.local import machine_files as files
 from holdfast.drivers.local.metadata import Facts, serve
 from holdfast.drivers.local.processes import kill_marked
 from holdfast.process_identity import identify
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.01
 PR_SET_CHILD_SUBREAPER = 36
@@ -53,6 +56,8 @@ class Host:
         self._terminate = threading.Event()
 
     def run(self) -> None:
+        if self._given_up():
+            return
         _adopt_orphans()
         signal.signal(signal.SIGTERM, lambda *_: self._terminate.set())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -73,7 +78,8 @@ class Host:
         self._environment_of_machine = environment
         files.write_json(self.folder / files.RUNNING, identify(os.getpid()))
         reason = self._live()
-        kill_marked(self.spec["id"], self.machine.pid)
+        while not kill_marked(self.spec["id"], self.machine.pid):
+            log.error("processes are left that can't be ended machine=%s", self.spec["id"])
         files.record_end(self.folder, reason, self.clock.now())
 
     def _live(self) -> str:
@@ -83,6 +89,8 @@ class Host:
         while True:
             if self.machine.poll() is not None:
                 return "preempted" if reclaim_at else "ended-itself"
+            if self._given_up():
+                return "host-failed"
             if self._terminate.is_set() or (self.folder / files.TERMINATE).exists():
                 return self._shut_down(preempted=reclaim_at is not None)
             if reclaim_at is None:
@@ -95,6 +103,10 @@ class Host:
             elif self.clock.now() >= reclaim_at:
                 return "preempted"
             time.sleep(TICK_SECONDS)
+
+    def _given_up(self) -> bool:
+        """Has a driver recorded this machine's end? It does when a host takes too long to come up."""
+        return (self.folder / files.END).exists()
 
     def _is_due(self) -> bool:
         fate, age = self.fate, (self.clock.now() - self._launched_at).total_seconds()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "HOLDFAST_MACHINE_ID"  # in the environment of every process of a machine
+HOST_MARK = "HOLDFAST_HOST_OF"  # in the environment of the machine's host, which must outlive the machine's processes
 SPEC = "machine.json"  # written once, by the driver
 RUNNING = "host.json"  # written once, by the host, when the machine has started
 TERMINATE = "terminate"  # its existence asks the host for an orderly shutdown

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from flows import DISPLAY_VARIABLE
 from holdfast.supervision.training_run import TrainingRun
@@ -20,6 +21,7 @@ STYLES = {
     "launched": "cyan",
     "refused": "yellow",
     "fallback": "bold yellow",
+    "waiting": "yellow",
     "notice": "magenta",
     "preempted": "bold red",
     "resumed": "green",
@@ -28,6 +30,7 @@ STYLES = {
     "warned": "yellow",
 }
 PLAIN_SECONDS = 5.0
+MACHINE_CHARACTERS = 10
 
 
 @contextmanager
@@ -36,28 +39,30 @@ def terminal_watchers(run: TrainingRun) -> Iterator[list[Watcher]]:
     if os.environ.get(DISPLAY_VARIABLE) != "1":
         yield []
     elif sys.stdout.isatty():
-        with LiveDisplay(run) as display:
+        with LiveDisplay(run.run_id) as display:
             yield [display]
     else:
-        yield [PlainDisplay(run)]
+        yield [PlainDisplay()]
 
 
 class LiveDisplay:
-    """One bar that stays at the bottom, events above it."""
+    """One line with a bar that stays at the bottom, events above it."""
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._started = run.state.started_at
+    def __init__(self, run_id: str, console: Console | None = None) -> None:
+        self._run_id = run_id
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.fields[run]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
+            # Where there is little room the bar is short, and then the end of the status goes: the pool.
+            TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=None),
             TimeElapsedColumn(),
-            console=Console(highlight=False),
+            console=console or Console(highlight=False),
+            expand=True,
         )
-        self._bar = self._progress.add_task("", total=None, run=run.run_id, status="starting")
+        self._bar = self._progress.add_task("", total=None, status="starting")
 
     def __enter__(self) -> LiveDisplay:
+        self._progress.console.print(f"run [bold]{_escape(self._run_id)}[/]")
         self._progress.start()
         return self
 
@@ -70,7 +75,7 @@ class LiveDisplay:
             self._bar,
             completed=fields.get("step") or fields.get("committed_step") or 0,
             total=fields.get("total_steps"),
-            status=status_line(update),
+            status=_escape(status_line(update)),
         )
         if update.kind != "progress":
             style = STYLES[update.kind]
@@ -81,7 +86,7 @@ class LiveDisplay:
 class PlainDisplay:
     """For pipes and logs: the same lines, and the progress every few seconds."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self) -> None:
         self._next = 0.0
 
     def __call__(self, update: Update) -> None:
@@ -97,15 +102,21 @@ def event_line(update: Update) -> str:
 
 
 def status_line(update: Update) -> str:
-    """Step, loss, attempt, machine, state, dollars so far."""
+    """Step, loss, attempt, machine, state, dollars so far, pool: what matters most comes first."""
     fields = update.fields
     total = fields.get("total_steps")
     parts = [f"step {fields.get('step') or 0}{f'/{total}' if total else ''}"]
     metrics = fields.get("metrics") or {}
     parts += [f"{name} {value:.4g}" for name, value in metrics.items() if "loss" in name][:1]
-    parts += [f"attempt {update.attempt}", f"{fields.get('pool')}", f"{fields.get('phase') or update.kind}"]
-    parts.append(f"${fields.get('usd') or 0:.4f}")
-    return "  ".join(parts)
+    parts += [f"attempt {update.attempt}"]
+    if machine := fields.get("machine"):
+        parts.append(_short(machine))
+    parts += [f"{fields.get('phase') or update.kind}", f"${fields.get('usd') or 0:.4f}", f"{fields.get('pool') or ''}"]
+    return "  ".join(parts).rstrip()
+
+
+def _short(machine: str) -> str:
+    return machine if len(machine) <= MACHINE_CHARACTERS + 1 else machine[:MACHINE_CHARACTERS] + "…"
 
 
 def _escape(text: str) -> str:

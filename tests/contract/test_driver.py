@@ -236,6 +236,25 @@ def test_the_console_s_last_64_kib_outlive_the_machine(make: Make) -> None:
     assert len(console) == 64 * 1024
 
 
+@pytest.mark.parametrize("end", ["ends itself", "terminated", "its host dies"])
+def test_a_machine_s_disks_are_gone_with_it_and_its_console_stays(make: Make, tmp_path: Path, end: str) -> None:
+    driver = make()
+    script = f"""mkdir -p work/code && echo x > work/code/train.py && echo x > $HOME/cache && echo x > $TMPDIR/scratch
+echo up
+{"exit" if end == "ends itself" else SLEEP}"""
+    machine = driver.launch(request("run-1", script))
+    line_of(driver, machine, "up")
+    folder = tmp_path / "cloud" / "machines" / machine.id
+    if end == "terminated":
+        driver.terminate(machine.id)
+    elif end == "its host dies":
+        os.kill((files.read_json(folder / files.RUNNING) or {})["pid"], signal.SIGKILL)
+    ended(driver, machine)
+    wait_for(lambda: not any(path.is_dir() for path in folder.iterdir()))
+    assert driver.console(machine.id) == "up\n"
+    assert {files.SPEC, files.END} <= {path.name for path in folder.iterdir()}
+
+
 # -- surviving --------------------------------------------------------------------------------------------------------
 
 

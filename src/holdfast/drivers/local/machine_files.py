@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ RUNNING = "host.json"  # written once, by the host, when the machine has started
 TERMINATE = "terminate"  # its existence asks the host for an orderly shutdown
 END = "end.json"  # written once, by whoever proved that nothing of the machine is left
 CONSOLE = "console.log"
+DISKS = ("work", "home", "tmp")  # what a machine writes for itself, and what is gone with it
 
 
 def write_json(path: Path, content: dict[str, Any]) -> bool:
@@ -33,7 +35,10 @@ def write_json(path: Path, content: dict[str, Any]) -> bool:
 
 
 def record_end(folder: Path, reason: str, at: datetime) -> None:
+    """The end is proven; the machine's disks go with it. Its console and its specification stay."""
     write_json(folder / END, {"reason": reason, "terminated_at": at.isoformat()})
+    for name in DISKS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -98,7 +98,7 @@ def test_a_run_that_was_taken_over_leaves_the_new_owner_s_machine_alone(folder: 
     run = open_run(light_job(folder, steps=500), driver, store, None, "light")
 
     def take_over() -> None:
-        owner = {"host": "elsewhere", "pid": 1, "pid_created_at": 0, "claimed_at": "2026-11-01T00:00:00+00:00"}
+        owner = {"host": "elsewhere", "process": {"pid": 1}, "claimed_at": "2026-11-01T00:00:00+00:00"}
         store.create("runs/light/owners/000002.json", json.dumps(owner).encode())
 
     thread = when_step(20, driver, take_over)

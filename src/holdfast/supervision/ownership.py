@@ -9,9 +9,8 @@ import socket
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import psutil
-
 from holdfast.errors import AlreadyExistsError, NotFoundError, RunTakenError
+from holdfast.process_identity import identify, lives
 from holdfast.storage import ObjectStore
 
 ALIVE_SECONDS = 60.0
@@ -38,8 +37,7 @@ class Ownership:
         me = {
             "owner": secrets.token_hex(8),
             "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "pid_created_at": psutil.Process().create_time(),
+            "process": identify(os.getpid()),
             "claimed_at": datetime.now(UTC).isoformat(),
         }
         self.number = last + 1
@@ -72,9 +70,9 @@ class Ownership:
         if self._exists(f"{number:06d}.released"):
             return ""
         owner: dict[str, Any] = json.loads(self._store.get(f"{self._prefix}{number:06d}.json"))
-        where = f"process {owner['pid']} on {owner['host']}, since {owner['claimed_at']}"
+        where = f"process {owner['process']['pid']} on {owner['host']}, since {owner['claimed_at']}"
         if owner["host"] == socket.gethostname():
-            return f"{where}; end it, or wait for it" if _process_lives(owner["pid"], owner["pid_created_at"]) else ""
+            return f"{where}; end it, or wait for it" if lives(owner["process"]) else ""
         try:
             alive_at = datetime.fromisoformat(self._store.get(f"{self._prefix}{number:06d}.alive").decode())
         except NotFoundError:
@@ -88,11 +86,3 @@ class Ownership:
 
     def _exists(self, name: str) -> bool:
         return any(info.key == self._prefix + name for info in self._store.list(self._prefix + name))
-
-
-def _process_lives(pid: int, created_at: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - created_at) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -14,7 +14,7 @@ test: $(READY)  ## Run the tests
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGUMENTS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGUMENTS)
 
 bench: $(READY)  ## Run every benchmark; each writes benchmarks/results/NAME.json
 	@for file in benchmarks/[a-z]*.py; do name=$$(basename $$file .py); $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -35,7 +35,7 @@ def random_fates(seed: int) -> list[Fate]:
     return fates
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_ten_kills_at_random_instants_change_no_bit_of_weights_or_losses(
     seed: int, folder: Path, prefect_api: str
 ) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from tests.orchestration.conftest import Platform, wait_until
 
+pytestmark = pytest.mark.xdist_group("platform")  # one server and one worker for all of them
+
 GOOD = {"name": "good", "script": "digits.py", "code": "examples"}
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.orchestration.conftest import Platform, wait_until
+
+pytestmark = pytest.mark.xdist_group("platform")  # one server and one worker for all of them
 
 
 def test_what_the_readme_says_to_type_works_in_its_order(platform: Platform) -> None:

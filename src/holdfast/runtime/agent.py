@@ -117,7 +117,7 @@ class Agent:
             for event in self.folders.new_events():
                 self.telemetry.add(event)
                 news = True
-            self._pass_on_notice()
+            self._pass_on_notice(logs)
             if news or time.monotonic() >= next_beat:
                 self._heartbeat()
                 logs.ship()
@@ -143,16 +143,17 @@ class Agent:
         notice = Notice(kind="shutdown", reclaim_at=now + timedelta(seconds=SHUTDOWN_SECONDS), seen_at=now)
         threading.Thread(target=self.hear, args=(notice,), daemon=True).start()
 
-    def _pass_on_notice(self) -> None:
+    def _pass_on_notice(self, logs: LogShipper) -> None:
         notice, now = self.notice, self.clock.now()
         if notice is None or notice.kind == "rebalance":
             return
         if not self._told_program:
             self._told_program = True
             self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
-            self._heartbeat()
             if not self.telemetry.attached:
                 self._signal_program(signal.SIGTERM)  # it does not read the notice file: say it the usual way
+            self._heartbeat()
+            logs.ship_all()
         if notice.kind != "preemption" and notice.reclaim_at and now > notice.reclaim_at:
             self._kill_program()
 

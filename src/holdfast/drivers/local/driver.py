@@ -83,7 +83,8 @@ class LocalDriver:
         if fate.refuse:
             pool = request.pool
             raise CapacityError(f"no {pool.provisioning_model} capacity for {pool.instance_type} in {zone.name}")
-        machine_id = "i-" + hashlib.sha256(request.token.encode()).hexdigest()[:17]
+        # Of this cloud alone: the mark by which a machine's processes are ended must never fit another cloud's.
+        machine_id = "i-" + hashlib.sha256(f"{self._root}\n{request.token}".encode()).hexdigest()[:17]
         folder = self._machines_folder / machine_id
         if not (folder / machine_files.SPEC).exists():
             folder.mkdir(exist_ok=True)

@@ -98,3 +98,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < give_up_at, "timed out"
         time.sleep(0.01)
+
+
+def assert_lost_steps_were_trained_again(summary: dict[str, Any], folder: Path, name: str) -> None:
+    """The ledger's lost steps are the steps that the program itself wrote down twice.
+
+    A kill without notice may come between the program's note, the last line of its loop, and the end of the step: then
+    the note has one step more, which was never complete.
+    """
+    kills = sum(a["outcome"] in ("preempted", "lost") and a["notice"] is None for a in summary["attempts"])
+    assert 0 <= trained_again(folder, name) - summary["lost_steps"] <= kills

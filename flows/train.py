@@ -84,9 +84,8 @@ def state_after(error: BaseException) -> str:
     """How a run is closed that `error` has ended."""
     if isinstance(error, OverBudgetError):
         return "over-budget"
-    return (
-        "failed" if isinstance(error, Exception) else "cancelled"
-    )  # Ctrl-C and Prefect's cancellation are no Exception
+    # Ctrl-C and Prefect's cancellation are no Exception.
+    return "failed" if isinstance(error, Exception) else "cancelled"
 
 
 def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:

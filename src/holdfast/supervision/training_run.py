@@ -105,10 +105,8 @@ class TrainingRun:
         try:
             if not self.taken:
                 self._owner.release()
-        except (
-            HoldfastError,
-            OSError,
-        ) as problem:  # it must not hide what ended the run; the owner is dead soon anyway
+        except (HoldfastError, OSError) as problem:
+            # It must not hide what ended the run, and this owner is dead soon anyway.
             log.warning("run not released run=%s error=%s", self.run_id, problem)
 
     def read(self) -> RunState:

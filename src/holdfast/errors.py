@@ -13,6 +13,10 @@ class TransientError(HoldfastError):
     """The same call may work shortly. Retry it."""
 
 
+class CredentialsError(TransientError):
+    """The account's credentials have ended or are refused. Renew them; what waits goes on by itself."""
+
+
 class CapacityError(HoldfastError):
     """This pool is empty. Try another pool, or wait."""
 

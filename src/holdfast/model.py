@@ -62,10 +62,13 @@ class Resources(Strict):
 
     instance_types: list[str] = Field([], title="Instance types", description="Only these; empty: any that fits.")
     zones: list[str] = Field([], title="Zones", description="Only these; empty: every zone of the account.")
+    regions: list[str] = Field([], title="Regions", description="Only these; empty: every region of the account.")
     vcpus: int = Field(0, ge=0, title="vCPUs", description="At least so many.")
     memory_gib: float = Field(0, ge=0, title="Memory (GiB)", description="At least so much.")
     gpus: int = Field(0, ge=0, title="GPUs", description="At least so many on one machine.")
     gpu_name: str = Field("", title="GPU name", description="For example A10G, L4, A100, H100; empty: any.")
+
+    disk_gib: float = Field(0, ge=0, title="Disk (GiB)", description="Size of the root volume at least.")
 
     @model_validator(mode="after")
     def _agree(self) -> Resources:

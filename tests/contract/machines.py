@@ -57,7 +57,7 @@ def line_of(driver: Driver, machine: Machine, beginning: str) -> str:
 
     def said() -> list[str]:
         over = described(driver, machine).state == "terminated"
-        console = driver.console(machine.id)
+        console = driver.console(machine.id, machine.pool)
         lines = [line for line in console.rpartition("\n")[0].splitlines() if line.startswith(beginning)]
         assert lines or not over, f"the machine has ended and never said {beginning!r}:\n{console}"
         return lines
@@ -72,5 +72,5 @@ def nothing_left(driver: Driver) -> Iterator[None]:
         yield
     finally:
         for machine in driver.machines({}):
-            driver.terminate(machine.id)
+            driver.terminate(machine.id, machine.pool)
         wait_for(lambda: all(machine.state == "terminated" for machine in driver.machines({})))

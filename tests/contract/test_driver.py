@@ -91,7 +91,7 @@ def test_a_repeated_launch_adopts_the_machine_and_buys_no_second_one(make: Make)
     driver = make()
     once, again = driver.launch(request("run-1")), make().launch(request("run-1"))
     assert (again.id, again.launched_at) == (once.id, once.launched_at)
-    driver.terminate(once.id)
+    driver.terminate(once.id, once.pool)
     ended(driver, once)
     assert driver.launch(request("run-1")).state == "terminated"  # its token is used up, dead or alive
     assert len(driver.machines({})) == 1
@@ -124,7 +124,7 @@ for number in range(3):
     assert sorted(machine.id for machine in machines) == sorted(one)
     for machine in machines:
         line_of(driver, machine, "started")
-        assert driver.console(machine.id) == "started\n"
+        assert driver.console(machine.id, machine.pool) == "started\n"
 
 
 def test_a_refusal_is_kept_whoever_asks_again(make: Make) -> None:
@@ -201,10 +201,10 @@ def test_a_terminated_machine_may_say_its_last_words(make: Make) -> None:
     driver = make()
     machine = driver.launch(request("run-1", "trap 'echo bye; exit' TERM\necho up\nwhile :; do sleep 0.01; done"))
     line_of(driver, machine, "up")
-    driver.terminate(machine.id)
+    driver.terminate(machine.id, machine.pool)
     assert described(driver, machine).state in ("stopping", "terminated")
     assert ended(driver, machine).reason == "terminated-by-user"
-    assert driver.console(machine.id).splitlines()[-1] == "bye"
+    assert driver.console(machine.id, machine.pool).splitlines()[-1] == "bye"
     assert marked(machine.id) == []
 
 
@@ -212,7 +212,7 @@ def test_a_machine_that_ignores_the_shutdown_is_switched_off(make: Make) -> None
     driver = make()
     machine = driver.launch(request("run-1", "trap '' TERM\necho up\nwhile :; do sleep 0.01; done"))
     line_of(driver, machine, "up")
-    driver.terminate(machine.id)
+    driver.terminate(machine.id, machine.pool)
     assert ended(driver, machine).reason == "terminated-by-user"
     assert marked(machine.id) == []
 
@@ -222,16 +222,16 @@ def test_terminating_what_is_gone_or_never_was_is_no_error(make: Make) -> None:
     machine = driver.launch(request("run-1", "true"))
     over = ended(driver, machine)
     for machine_id in (machine.id, "i-00000000000000000", "../machines", ""):
-        driver.terminate(machine_id)
+        driver.terminate(machine_id, AWS_POOL)
     assert described(driver, machine) == over
-    assert driver.console("i-00000000000000000") == ""
+    assert driver.console("i-00000000000000000", AWS_POOL) == ""
 
 
 def test_the_console_s_last_64_kib_outlive_the_machine(make: Make) -> None:
     driver = make()
     machine = driver.launch(request("run-1", "for n in $(seq 20000); do echo line $n; done; echo the end"))
     ended(driver, machine)
-    console = driver.console(machine.id)
+    console = driver.console(machine.id, machine.pool)
     assert console.endswith("line 20000\nthe end\n")
     assert len(console) == 64 * 1024
 
@@ -246,12 +246,12 @@ echo up
     line_of(driver, machine, "up")
     folder = tmp_path / "cloud" / "machines" / machine.id
     if end == "terminated":
-        driver.terminate(machine.id)
+        driver.terminate(machine.id, machine.pool)
     elif end == "its host dies":
         os.kill((files.read_json(folder / files.RUNNING) or {})["pid"], signal.SIGKILL)
     ended(driver, machine)
     wait_for(lambda: not any(path.is_dir() for path in folder.iterdir()))
-    assert driver.console(machine.id) == "up\n"
+    assert driver.console(machine.id, machine.pool) == "up\n"
     assert {files.SPEC, files.END} <= {path.name for path in folder.iterdir()}
 
 
@@ -269,7 +269,7 @@ def test_a_machine_outlives_the_process_that_launched_it_and_another_ends_it(mak
     driver = make()
     (machine,) = driver.machines({"holdfast-run": "run"})
     assert (machine.id, machine.state) == (machine_id, "running")
-    driver.terminate(machine_id)
+    driver.terminate(machine_id, AWS_POOL)
     assert ended(driver, machine).reason == "terminated-by-user"
     assert marked(machine_id) == []
 
@@ -301,7 +301,7 @@ echo "holdfast: step 1"
     machine = driver.launch(request("run-1", script))
     daemon = int(line_of(driver, machine, "daemon: "))
     if end == "terminated":
-        driver.terminate(machine.id)
+        driver.terminate(machine.id, machine.pool)
     expected = {"ends itself": "ended-itself", "terminated": "terminated-by-user", "preempted": "preempted"}
     assert ended(driver, machine).reason == expected[end]
     assert not alive(daemon)
@@ -421,7 +421,7 @@ def test_a_clock_that_machines_live_by_is_not_changed_under_them(make: Make) -> 
     with pytest.raises(ConfigError, match="clock_speed is 2, but 1 machines"):
         make(clock_speed=2)
     driver = make(clock_speed=60)
-    driver.terminate(machine.id)
+    driver.terminate(machine.id, machine.pool)
     ended(driver, machine)
     assert make(clock_speed=2).clock.speed == 2
 

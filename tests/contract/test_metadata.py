@@ -250,7 +250,7 @@ def test_a_machine_on_aws_runs_no_shutdown_script(cloud: Cloud) -> None:
         "aws", "import time; time.sleep(300)", Fate(after_seconds=0), 240.0, shutdown_script="echo shutting down"
     )
     ended(cloud.driver, machine)
-    assert "shutting down" not in cloud.driver.console(machine.id)
+    assert "shutting down" not in cloud.driver.console(machine.id, machine.pool)
 
 
 # -- what Holdfast itself hears ---------------------------------------------------------------------------------------

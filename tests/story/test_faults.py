@@ -66,7 +66,7 @@ class Outage(DirectoryStore):
 
 def when_step(step: int, driver: Any, act: Callable[[], None]) -> threading.Thread:
     def wait() -> None:
-        wait_until(lambda: any(f"holdfast: step {step} " in driver.console(m.id) for m in driver.machines({})))
+        wait_until(lambda: any(f"holdfast: step {step} " in driver.console(m.id, m.pool) for m in driver.machines({})))
         act()
 
     thread = threading.Thread(target=wait)
@@ -109,7 +109,7 @@ def test_a_run_that_was_taken_over_leaves_the_new_owner_s_machine_alone(folder: 
     [machine] = driver.machines({})
     assert machine.state == "running"
     assert not (folder / ".holdfast/runs/light/summary.json").exists()
-    driver.terminate(machine.id)
+    driver.terminate(machine.id, machine.pool)
     wait_until(lambda: driver.machines({})[0].state == "terminated")
 
 
@@ -144,12 +144,12 @@ def test_a_machine_that_the_cloud_does_not_show_any_more_does_not_hold_the_run_u
     monkeypatch.setattr("holdfast.supervision.watch.SILENT_WALL_SECONDS", 2.0)
     driver = cloud(folder, [])
     shown, hidden = driver.machines, set[str]()
-    driver.machines = lambda tags: [m for m in shown(tags) if m.id not in hidden]  # type: ignore[method-assign]
+    driver.machines = lambda tags, *more: [m for m in shown(tags) if m.id not in hidden]  # type: ignore[method-assign]
 
     def hide() -> None:
         [machine] = shown({})
         hidden.add(machine.id)
-        driver.terminate(machine.id)
+        driver.terminate(machine.id, machine.pool)
 
     thread = when_step(20, driver, hide)
     _, summary = carry(light_job(folder, fallback=Fallback(after_failed_spot_attempts=10)), driver, store, "light")

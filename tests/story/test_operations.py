@@ -54,7 +54,8 @@ class Orchestrator:
         def trained() -> bool:
             assert self.process.poll() is None, self.process.communicate()
             return any(
-                f"holdfast: step {step} " in self.driver.console(machine.id) for machine in self.driver.machines({})
+                f"holdfast: step {step} " in self.driver.console(machine.id, machine.pool)
+                for machine in self.driver.machines({})
             )
 
         wait_until(trained)
@@ -75,7 +76,7 @@ def orchestrator(folder: Path, prefect_api: str) -> Iterator[Orchestrator]:
         if started.process.poll() is None:
             started.end(signal.SIGKILL)
         for machine in started.driver.machines({}):
-            started.driver.terminate(machine.id)
+            started.driver.terminate(machine.id, machine.pool)
         wait_until(lambda: all(machine.state == "terminated" for machine in started.driver.machines({})))
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.drivers.protocol import BillingTerms, PricePoint
-from holdfast.ledger.billing import Bill, add_usd, bill, round_usd
+from holdfast.drivers.protocol import PricePoint
+from holdfast.ledger.billing import Bill, BillingTerms, add_usd, bill, round_usd
 
 START = datetime(2026, 11, 1, 12, tzinfo=UTC)
 TERMS = BillingTerms(minimum_seconds=60)

@@ -80,7 +80,7 @@ def test_a_misspelt_key_is_named_with_the_right_one(fields: dict[str, Any], key:
 def test_a_key_like_no_other_is_answered_with_the_known_ones() -> None:
     message = complaint(resources={"zzz": 1})
     assert "resources: 'zzz' is no key" in message
-    assert "known keys: instance_types, zones, vcpus, memory_gib, gpus, gpu_name" in message
+    assert "known keys: instance_types, zones, regions, vcpus, memory_gib, gpus, gpu_name, disk_gib" in message
 
 
 # -- contradictions and bad values ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -45,14 +45,6 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BillingTerms:
-    """How a cloud turns running time into billed time."""
-
-    minimum_seconds: float = 60.0
-    free_if_preempted_within_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PricePoint:
     at: datetime
     usd_per_hour: float
@@ -73,6 +65,41 @@ class LaunchRequest:
     """Run by clouds that offer it when the machine is told to stop."""
     max_run_seconds: float | None = None
     """The cloud's own dead-man's switch, where it has one."""
+    disk_gib: float = 0.0
+    """Size of the root volume at least; 0: the image's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetRequest:
+    """Machines that are all alike, some of them spot."""
+
+    token: str
+    """A repeated launch with the same token adds no machine."""
+    kind: Literal["instant", "maintained"]
+    """`instant`: asked for once. `maintained`: the cloud replaces what is taken, until the fleet is ended."""
+    pools: Sequence[CapacityPool]
+    """Any of these, all in one region; of both provisioning models where `spot_share` lies between 0 and 1."""
+    machines: int
+    spot_share: float
+    """0.8: of ten machines, eight are spot."""
+    tags: Mapping[str, str]
+    """As of a `LaunchRequest`. The driver adds `holdfast-fleet`, the token, to every machine."""
+    startup_script: str
+    shutdown_script: str = ""
+    max_run_seconds: float | None = None
+    disk_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """A maintained fleet as the cloud describes it, with or without machines."""
+
+    token: str
+    cloud: str
+    region: str
+    machines: int
+    """Wanted."""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,19 +118,34 @@ class Machine:
     """The cloud's own words, for people."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of an account's or a store's examination."""
+
+    subject: str
+    """For example `credentials`, `quota`, `image`."""
+    ok: bool
+    detail: str
+    """What was found, in words; of what is not ok, also the remedy."""
+
+
 class Driver(Protocol):
-    """Every method may raise TransientError; what else it raises is said there."""
+    """Every method may raise TransientError (CredentialsError is one); what else it raises is said there."""
 
     name: str
     clock: Clock
     poll_seconds: float
-    """Wall seconds between two looks at a running machine that the cloud's API bears."""
-    billing: BillingTerms
+    """Wall seconds between two looks into the store at what a running machine says."""
+    describe_seconds: float
+    """Wall seconds for which one description of the machines will do while nothing points to a change."""
     image_python: Path | None
     """The interpreter that machines will use, where it is this computer's; None where it can't be asked."""
 
     def check(self) -> None:
-        """Prove that the account works. Raises ConfigError naming what is missing."""
+        """Prove with a call or two that the account works. Raises ConfigError naming what is missing."""
+
+    def examine(self) -> Iterator[Finding]:
+        """Everything the account needs, one line each: credentials, permissions, images, quotas, prices. Never raises."""
 
     def offers(self) -> Sequence[Offer]:
         """Every pool of the account, with its price now."""
@@ -114,13 +156,25 @@ class Driver(Protocol):
     def launch(self, request: LaunchRequest) -> Machine:
         """Raises CapacityError, QuotaError, ConfigError. Idempotent by `request.token`, refusals included."""
 
-    def machines(self, tags: Mapping[str, str]) -> Sequence[Machine]:
-        """Every machine that carries all of `tags`, terminated ones included, in one batched call."""
+    def launch_fleet(self, request: FleetRequest) -> Sequence[Machine]:
+        """What could be had of the fleet. Raises CapacityError when that is nothing, QuotaError, ConfigError."""
 
-    def terminate(self, machine_id: str) -> None:
+    def fleets(self, tags: Mapping[str, str]) -> Sequence[Fleet]:
+        """Every maintained fleet that carries all of `tags`."""
+
+    def end_fleet(self, token: str, region: str) -> None:
+        """Replace nothing any more, and terminate the machines. Ending what is gone is no error."""
+
+    def machines(self, tags: Mapping[str, str], max_age_seconds: float = 0.0, cloud: str = "") -> Sequence[Machine]:
+        """Every machine that carries all of `tags`, terminated ones included, from batched calls.
+
+        A description that is no older than `max_age_seconds` will do. `cloud`: only machines of that one are asked for.
+        """
+
+    def terminate(self, machine_id: str, pool: CapacityPool) -> None:
         """Begin an orderly shutdown that ends in power off. Terminating what is gone is no error."""
 
-    def console(self, machine_id: str) -> str:
+    def console(self, machine_id: str, pool: CapacityPool) -> str:
         """The last 64 KiB of what the machine wrote to its console; readable after its end too.
 
         As much as the clouds keep. A program that prints more than that within one step hides its last steps here;

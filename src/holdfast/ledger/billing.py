@@ -7,9 +7,29 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 
-from holdfast.drivers.protocol import BillingTerms, PricePoint
+from holdfast.drivers.protocol import PricePoint
 
 SMALLEST_USD = Decimal("0.0001")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillingTerms:
+    """How a cloud turns running time into billed time."""
+
+    minimum_seconds: float = 60.0
+    free_if_preempted_within_seconds: float = 0.0
+
+
+TERMS = {
+    # Per second, 60 s at least; free when EC2 interrupts a spot instance in its first hour.
+    # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/billing-for-interrupted-spot-instances.html
+    "aws": BillingTerms(minimum_seconds=60.0, free_if_preempted_within_seconds=3600.0),
+    # Per second, 60 s at least; free when preempted within a minute of its creation.
+    # https://cloud.google.com/compute/docs/instances/spot#pricing
+    "gcp": BillingTerms(minimum_seconds=60.0, free_if_preempted_within_seconds=60.0),
+    "local": BillingTerms(minimum_seconds=60.0),
+}
+"""By name of the cloud."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 # Environment of the machine, set at launch, inherited by the agent and the program.
@@ -30,6 +31,11 @@ Outcome = Literal[
 """Why an attempt ended. `moved`: stopped by the orchestrator to go back to spot."""
 
 NoticeKind = Literal["preemption", "rebalance", "shutdown", "lease"]
+
+
+def store_tag(url: str) -> str:
+    """A store's URL as a tag: clouds differ in what characters and lengths they take."""
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
 
 
 def attempt_prefix(run_id: str, attempt: int) -> str:

@@ -55,6 +55,7 @@ def fitting_offers(resources: Resources, offers: Sequence[Offer]) -> list[Offer]
     """Raises ConfigError for names the account does not know, and when nothing fits."""
     problems = [
         *_unknown("resources.instance_types", resources.instance_types, {offer.pool.instance_type for offer in offers}),
+        *_unknown("resources.regions", resources.regions, {offer.pool.region for offer in offers}),
         *_unknown("resources.zones", resources.zones, {offer.pool.zone for offer in offers}),
         *_unknown("resources.gpu_name", [resources.gpu_name] * bool(resources.gpu_name), {o.gpu_name for o in offers}),
     ]
@@ -64,6 +65,7 @@ def fitting_offers(resources: Resources, offers: Sequence[Offer]) -> list[Offer]
         offer
         for offer in offers
         if (not resources.instance_types or offer.pool.instance_type in resources.instance_types)
+        and (not resources.regions or offer.pool.region in resources.regions)
         and (not resources.zones or offer.pool.zone in resources.zones)
         and offer.vcpus >= resources.vcpus
         and offer.memory_gib >= resources.memory_gib

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from holdfast.drivers.protocol import Driver, Machine
 from holdfast.errors import HoldfastError, NotFoundError, TransientError
-from holdfast.runtime.contract import lease_key
+from holdfast.runtime.contract import lease_key, store_tag
 from holdfast.storage import ObjectStore
 from holdfast.supervision.ownership import Ownership
 
@@ -31,12 +31,12 @@ def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
     ended does not keep the others alive; raises TransientError for it when they have had their turn.
     """
     reaped, failures = [], []
-    for machine in driver.machines({"holdfast-store": store.url}):
+    for machine in driver.machines({"holdfast-store": store_tag(store.url)}):
         if machine.state == "terminated":
             continue
         try:
             if why := _why_orphaned(machine, driver, store):
-                driver.terminate(machine.id)
+                driver.terminate(machine.id, machine.pool)
                 log.warning("orphan terminated machine=%s why=%s", machine.id, why)
                 reaped.append(Reaped(machine=machine.id, run_id=_run_of(machine), pool=str(machine.pool), why=why))
         except (HoldfastError, OSError, ValueError, KeyError) as error:

@@ -6,6 +6,7 @@ Everything it knows is in the journal; whoever opens the run again goes on from 
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from holdfast.errors import (
     RunTakenError,
     TransientError,
 )
-from holdfast.ledger.billing import bill, round_usd
+from holdfast.ledger.billing import TERMS, bill, round_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry, Journal
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
@@ -168,7 +169,7 @@ class TrainingRun:
         give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
         while living := [machine for machine in self._machines() if machine.state != "terminated"]:
             for machine in living:
-                self.driver.terminate(machine.id)
+                self.driver.terminate(machine.id, machine.pool)
             if time.monotonic() > give_up_at:
                 names = ", ".join(machine.id for machine in living)
                 raise TransientError(f"machines of run {self.run_id} do not end: {names}; reap_orphans goes on trying")
@@ -234,7 +235,7 @@ class TrainingRun:
         self.keepalive.attempt = attempt.number
         self.keepalive.renew()
         try:
-            living = self._machines(attempt.number)
+            living = self._machines(attempt)
             machine = living[0] if living else self.driver.launch(self._launch_request(attempt))
         except CapacityError as error:
             self._record_end(attempt, Ending(outcome="no-capacity", detail=str(error)))
@@ -287,7 +288,7 @@ class TrainingRun:
             return self.state.usd_total
         now = self.driver.clock.now()
         prices = self.driver.price_history(attempt.pool, attempt.launched_at, now)
-        running = bill(attempt.launched_at, now, prices, self.driver.billing, preempted=False)
+        running = bill(attempt.launched_at, now, prices, TERMS[attempt.pool.cloud], preempted=False)
         return self.state.usd_total + running.usd
 
     # -- the journal --------------------------------------------------------------------------------------------------
@@ -340,8 +341,9 @@ class TrainingRun:
         seconds = usd = 0.0
         if machine and machine.terminated_at:
             prices = self.driver.price_history(attempt.pool, machine.launched_at, machine.terminated_at)
-            preempted = machine.reason == "preempted"
-            charged = bill(machine.launched_at, machine.terminated_at, prices, self.driver.billing, preempted)
+            preempted = machine.reason == "preempted" and attempt.pool.provisioning_model == "spot"
+            terms = TERMS[attempt.pool.cloud]
+            charged = bill(machine.launched_at, machine.terminated_at, prices, terms, preempted)
             seconds, usd = charged.seconds, charged.usd
         self._append(
             "ended",
@@ -368,9 +370,9 @@ class TrainingRun:
             return
         if self.taken:
             raise self._taken_error()
-        machines = self._machines(attempt.number)
+        machines = self._machines(attempt)
         for machine in machines:  # before anything is written: a journal that can't be must not keep a machine alive
-            self.driver.terminate(machine.id)
+            self.driver.terminate(machine.id, machine.pool)
         if not attempt.machine and not machines:
             self._record_end(attempt, Ending(outcome=outcome, detail=why))
             return
@@ -414,11 +416,13 @@ class TrainingRun:
 
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
-    def _machines(self, attempt: int | None = None) -> list[Machine]:
-        tags = {RUN_TAG: self.run_id}
+    def _machines(self, attempt: Attempt | None = None) -> list[Machine]:
+        """Of one attempt, or of all: then every cloud is asked that the run ever asked for a machine."""
         if attempt is not None:
-            tags["holdfast-attempt"] = str(attempt)
-        return list(self.driver.machines(tags))
+            tags = {RUN_TAG: self.run_id, "holdfast-attempt": str(attempt.number)}
+            return list(self.driver.machines(tags, cloud=attempt.pool.cloud))
+        clouds = sorted({attempt.pool.cloud for attempt in self.state.attempts})
+        return [machine for cloud in clouds for machine in self.driver.machines({RUN_TAG: self.run_id}, cloud=cloud)]
 
     def _token(self, attempt: int) -> str:
         return f"{self.run_id}-{attempt:04d}"
@@ -441,12 +445,15 @@ class TrainingRun:
                 RUN_TAG: self.run_id,
                 "holdfast-attempt": str(attempt.number),
                 "holdfast-job": self.job.name,
-                "holdfast-store": self.store.url,
+                "holdfast-store": contract.store_tag(self.store.url),
+                "holdfast-owner": getpass.getuser(),
+                "holdfast-lease": str(int(self.driver.clock.now().timestamp() + self.job.lease_seconds)),
             },
             environment=environment,
             startup_script=startup_script(environment),
             shutdown_script=SHUTDOWN_SCRIPT,
             max_run_seconds=self.job.max_run_hours * 3600,
+            disk_gib=self.job.resources.disk_gib,
         )
 
     def _checkpoint_policy(self, attempt: Attempt) -> CheckpointPolicy:

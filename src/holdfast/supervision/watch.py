@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BOOT_SECONDS = 900.0
 SILENT_SECONDS, SILENT_WALL_SECONDS = 600.0, 60.0
 """A machine that runs but is not heard of for so long is lost (cloud seconds, and never under a minute of the wall)."""
+QUIET_WALL_SECONDS = 15.0
+"""A machine tells something every 2 s; one that does not for so long may be gone."""
 POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
 NO_CHECKPOINT_SECONDS = 300.0
@@ -83,7 +85,7 @@ class _Watch:
                     yield self._ending(machine)
                     return
                 if machine is None and self._is_silent(SILENT_SECONDS):
-                    self.run.driver.terminate(self.attempt.machine)  # in case it is there after all
+                    self.run.driver.terminate(self.attempt.machine, self.attempt.pool)  # in case it is there after all
                     yield self._ending(self._vanished())
                     return
                 if machine:
@@ -95,11 +97,19 @@ class _Watch:
 
     def _machine(self) -> Machine | None:
         tags = {"holdfast-run": self.run.run_id, "holdfast-attempt": str(self.attempt.number)}
-        for machine in self.run.driver.machines(tags):
+        driver = self.run.driver
+        max_age = 0.0 if self._expects_a_change() else driver.describe_seconds
+        for machine in driver.machines(tags, max_age, self.attempt.pool.cloud):
             if machine.id == self.attempt.machine:
                 self.seen, self.seen_at = machine, self.clock.now()
                 return machine
         return None
+
+    def _expects_a_change(self) -> bool:
+        """Then the cloud is asked at every look; otherwise a description that other runs share will do."""
+        noticed = (self.report.get("notice") or {}).get("kind") not in (None, "rebalance")
+        quiet = time.monotonic() - self.heard_wall > max(self.run.driver.describe_seconds, QUIET_WALL_SECONDS)
+        return bool(self.ended_at or self.asked_at or noticed or quiet)
 
     def _vanished(self) -> Machine:
         """A machine that the cloud has not shown for long: it is billed up to when it was last seen or heard of."""
@@ -164,10 +174,10 @@ class _Watch:
         if self._stored_end() is not None:
             self.ended_at = self.ended_at or now
             if now - self.ended_at > timedelta(seconds=POWER_OFF_SECONDS):
-                self.run.driver.terminate(machine.id)  # its work is done, but it did not power itself off
+                self.run.driver.terminate(machine.id, machine.pool)  # its work is done, but it did not power itself off
         elif self.asked_at:
             if now - self.asked_at > timedelta(seconds=2 * STOP_GRACE_SECONDS):
-                self.run.driver.terminate(machine.id)
+                self.run.driver.terminate(machine.id, machine.pool)
         else:
             self._end_if_silent(SILENT_SECONDS if self.report else BOOT_SECONDS)
             yield from self._enforce_limits(machine, now)
@@ -181,7 +191,7 @@ class _Watch:
         if self._is_silent(seconds):
             self.detail = f"the machine was not heard of for over {seconds:.0f} s"
             self.asked_to_end = self.asked_to_end or "lost"
-            self.run.driver.terminate(self.attempt.machine)
+            self.run.driver.terminate(self.attempt.machine, self.attempt.pool)
 
     def _enforce_limits(self, machine: Machine, now: datetime) -> Iterator[Update]:
         job, state = self.run.job, self.run.state
@@ -215,7 +225,7 @@ class _Watch:
     def _ending(self, machine: Machine) -> Ending:
         stored = self._stored_end()
         report = (stored or {}).get("report") or self.report
-        console = self.run.driver.console(machine.id)
+        console = self.run.driver.console(machine.id, machine.pool)
         outcome, detail = self._outcome(machine, stored, console)
         if outcome == "finished":
             self._warn_of_an_odd_end(report)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from holdfast.drivers.local import catalogue, machine_files
 from holdfast.drivers.local.config import Fate, LocalCloudConfig
 from holdfast.drivers.local.market import fate_of, price_history
 from holdfast.drivers.local.processes import kill_marked
-from holdfast.drivers.protocol import BillingTerms, CapacityPool, LaunchRequest, Machine, Offer, PricePoint
+from holdfast.drivers.protocol import (
+    CapacityPool,
+    Finding,
+    Fleet,
+    FleetRequest,
+    LaunchRequest,
+    Machine,
+    Offer,
+    PricePoint,
+)
 from holdfast.errors import CapacityError, ConfigError, TransientError
 from holdfast.process_identity import lives
 
@@ -29,14 +38,15 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 20.0
 CONSOLE_BYTES = 64 * 1024
+FLEET_TAG, MEMBER_TAG = "holdfast-fleet", "holdfast-member"
 
 
 class LocalDriver:
-    """Implements `holdfast.drivers.protocol.Driver`. Its billing terms: per second, 60 s minimum, nothing free."""
+    """Implements `holdfast.drivers.protocol.Driver`."""
 
     name = catalogue.CLOUD
     poll_seconds = 0.1
-    billing = BillingTerms(minimum_seconds=60.0)
+    describe_seconds = 0.0
     image_python: Path | None = Path(sys.executable)
 
     def __init__(self, config: LocalCloudConfig) -> None:
@@ -44,9 +54,11 @@ class LocalDriver:
         self._root = config.root.absolute()
         self._machines_folder = self._root / "machines"
         self._launches_folder = self._root / "launches"
+        self._fleets_folder = self._root / "fleets"
         try:
             self._machines_folder.mkdir(parents=True, exist_ok=True)
             self._launches_folder.mkdir(parents=True, exist_ok=True)
+            self._fleets_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"account: the local cloud's folder {self._root} can't be made: {error}") from error
         self.clock = self._open_clock()
@@ -56,6 +68,13 @@ class LocalDriver:
             raise ConfigError("account: the local cloud needs bash on the path; install it")
         if not os.access(self._machines_folder, os.W_OK):
             raise ConfigError(f"account: the local cloud's folder {self._root} is not writable; name another")
+
+    def examine(self) -> Iterator[Finding]:
+        try:
+            self.check()
+            yield Finding(subject="machines", ok=True, detail=f"processes of this computer, kept in {self._root}")
+        except ConfigError as error:
+            yield Finding(subject="machines", ok=False, detail=str(error))
 
     def offers(self) -> Sequence[Offer]:
         now = self.clock.now()
@@ -111,7 +130,83 @@ class LocalDriver:
         assert machine
         return machine
 
-    def machines(self, tags: Mapping[str, str]) -> Sequence[Machine]:
+    def launch_fleet(self, request: FleetRequest) -> Sequence[Machine]:
+        """A maintained fleet is looked after whenever any process describes the machines."""
+        path = self._fleets_folder / f"{hashlib.sha256(request.token.encode()).hexdigest()[:32]}.json"
+        if request.kind == "maintained":
+            machine_files.write_json(path, {**dataclasses.asdict(request), "tags": dict(request.tags)})
+        machines, refusal = self._fill(request)
+        if not machines and refusal:
+            if request.kind == "maintained":
+                path.unlink(missing_ok=True)
+            raise refusal
+        return machines
+
+    def fleets(self, tags: Mapping[str, str]) -> Sequence[Fleet]:
+        return [
+            Fleet(
+                token=kept.token,
+                cloud=self.name,
+                region=kept.pools[0].region,
+                machines=kept.machines,
+                tags=kept.tags,
+            )
+            for kept in self._kept_fleets()
+            if all(kept.tags.get(name) == value for name, value in tags.items())
+        ]
+
+    def end_fleet(self, token: str, region: str) -> None:
+        for path in self._fleets_folder.glob("*.json"):
+            kept = machine_files.read_json(path)
+            if kept and kept["token"] == token:
+                path.unlink(missing_ok=True)
+        for machine in self._described({FLEET_TAG: token}):
+            self.terminate(machine.id, machine.pool)
+
+    def machines(self, tags: Mapping[str, str], max_age_seconds: float = 0.0, cloud: str = "") -> Sequence[Machine]:
+        for kept in self._kept_fleets():
+            self._fill(kept)
+        return self._described(tags)
+
+    def _fill(self, request: FleetRequest) -> tuple[list[Machine], CapacityError | None]:
+        """One machine for every member that has none; a member's tokens are numbered through its lives."""
+        found: list[Machine] = []
+        refusal: CapacityError | None = None
+        spot = round(request.machines * request.spot_share)
+        for member in range(request.machines):
+            model = "spot" if member < spot else "on-demand"
+            pools = [pool for pool in request.pools if pool.provisioning_model == model]
+            token = f"{request.token}-{member:04d}"
+            lives = self._described({FLEET_TAG: request.token, MEMBER_TAG: str(member)})
+            living = [machine for machine in lives if machine.state != "terminated"]
+            if living or (lives and request.kind == "instant"):
+                found += living or lives[-1:]
+                continue
+            tags = {**request.tags, FLEET_TAG: request.token, MEMBER_TAG: str(member)}
+            for pool in pools:
+                try:
+                    asked = LaunchRequest(
+                        token=f"{token}-{len(lives)}-{pool}",
+                        pool=pool,
+                        tags=tags,
+                        environment={},
+                        startup_script=request.startup_script,
+                        shutdown_script=request.shutdown_script,
+                        max_run_seconds=request.max_run_seconds,
+                    )
+                    found.append(self.launch(asked))
+                    break
+                except CapacityError as error:
+                    refusal = error
+        return found, refusal
+
+    def _kept_fleets(self) -> list[FleetRequest]:
+        kept = [machine_files.read_json(path) for path in sorted(self._fleets_folder.glob("*.json"))]
+        return [
+            FleetRequest(**{**one, "pools": [CapacityPool(**pool) for pool in one["pools"]]}) for one in kept if one
+        ]
+
+    def _described(self, tags: Mapping[str, str]) -> list[Machine]:
         found = []
         for folder in sorted(self._machines_folder.iterdir()):
             spec = machine_files.read_json(folder / machine_files.SPEC)
@@ -121,14 +216,14 @@ class LocalDriver:
                     found.append(machine)
         return found
 
-    def terminate(self, machine_id: str) -> None:
+    def terminate(self, machine_id: str, pool: CapacityPool) -> None:
         folder = self._folder(machine_id)
         if folder is None or (folder / machine_files.END).exists():
             return
         (folder / machine_files.TERMINATE).touch()
         self._describe(folder)
 
-    def console(self, machine_id: str) -> str:
+    def console(self, machine_id: str, pool: CapacityPool) -> str:
         folder = self._folder(machine_id)
         path = folder / machine_files.CONSOLE if folder else None
         if path is None or not path.exists():

@@ -144,7 +144,7 @@ def test_a_machine_that_the_cloud_does_not_show_any_more_does_not_hold_the_run_u
     monkeypatch.setattr("holdfast.supervision.watch.SILENT_WALL_SECONDS", 2.0)
     driver = cloud(folder, [])
     shown, hidden = driver.machines, set[str]()
-    driver.machines = lambda tags, *more: [m for m in shown(tags) if m.id not in hidden]  # type: ignore[method-assign]
+    driver.machines = lambda *asked, **more: [m for m in shown(*asked, **more) if m.id not in hidden]  # type: ignore[method-assign]
 
     def hide() -> None:
         [machine] = shown({})

@@ -80,6 +80,31 @@ class Resources(Strict):
         return self
 
 
+class Environment(Strict):
+    """What the program runs in. By default the Python of the machine's image, as it is."""
+
+    python: str = Field(
+        "",
+        title="Python",
+        description="The image's interpreter. Empty: the one of its PyTorch (/opt/pytorch, /opt/conda), else python3.",
+    )
+    requirements: str = Field(
+        "", title="Lock file", description="A requirements file below the code folder, installed on top at boot."
+    )
+    container: str = Field(
+        "", title="Container", description="An image reference; the program runs in it, with the machine's GPUs."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Environment:
+        if self.requirements and self.container:
+            raise ValueError(
+                f"environment.requirements {self.requirements!r} and environment.container {self.container!r} contradict "
+                "each other: a container brings its own packages; drop one of the two"
+            )
+        return self
+
+
 class Checkpointing(Strict):
     """When the training state is saved, and how many checkpoints are kept."""
 
@@ -137,6 +162,7 @@ class TrainingJob(Strict):
         ".", title="Code folder", description="Sent to the machine as it is; hidden and .holdfastignore'd files stay."
     )
     resources: Resources = Field(Resources(), title="Resources")
+    environment: Environment = Field(Environment(), title="Environment")
     checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
     fallback: Fallback = Field(Fallback(), title="Fallback to on-demand")
     provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = Field(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.drivers.protocol import Driver, Offer
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import Resources, TrainingJob
+from holdfast.model import Environment, Resources, TrainingJob
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import check_code
 
@@ -22,7 +22,10 @@ IMPORT_SECONDS = 120.0
 def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
     """The offers that fit the job. Raises ConfigError that names every field, value and remedy at once."""
     driver.check()
-    problems = list(_program_problems(job, driver.image_python))
+    # A program that brings its own packages can't be asked for by this computer's.
+    own_packages = job.environment != Environment()
+    problems = list(_program_problems(job, None if own_packages else driver.image_python))
+    problems += _environment_problems(job)
     offers: list[Offer] = []
     try:
         check_code(Path(job.code))
@@ -99,6 +102,17 @@ def _program_problems(job: TrainingJob, image_python: Path | None) -> Iterable[s
         yield from _import_problems(code, job.module, image_python)
     elif job.command and image_python and not (code / job.command[0]).is_file() and not shutil.which(job.command[0]):
         yield f"command: {job.command[0]!r} is neither a file in {job.code!r} nor a program on the path; correct it"
+
+
+def _environment_problems(job: TrainingJob) -> Iterable[str]:
+    lock_file = job.environment.requirements
+    if not lock_file:
+        return
+    code, path = Path(job.code), Path(job.code, lock_file)
+    if not path.resolve().is_relative_to(code.resolve()):
+        yield f"environment.requirements: {lock_file!r} lies outside the code folder {str(code)!r}; name one below it"
+    elif not path.is_file():
+        yield f"environment.requirements: {lock_file!r} does not exist in {str(code)!r}; name a file below the code folder"
 
 
 def _script_problems(code: Path, script: str, image_python: Path | None) -> Iterable[str]:

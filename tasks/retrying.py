@@ -36,9 +36,12 @@ def raise_unless_finished(attempt: Attempt) -> None:
 
 
 def only_preemption(task: Any, task_run: Any, state: State) -> bool:
-    """`retry_condition_fn`: another machine for what was preempted, refused for capacity or lost; for nothing else."""
+    """`retry_condition_fn`: another machine for what was preempted, refused or lost; for nothing else.
+
+    A pool that was refused for quota is not asked again: the decision where to go leaves it out.
+    """
     error = state.result(raise_on_failure=False)
-    return isinstance(error, PreemptedError | CapacityError)
+    return isinstance(error, PreemptedError | CapacityError | QuotaError)
 
 
 def only_transient(task: Any, task_run: Any, state: State) -> bool:

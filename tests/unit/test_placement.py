@@ -47,9 +47,7 @@ def past(
     what: str, zone: str = "a", minutes_ago: float = 0, model: str = "spot", progress: bool = False
 ) -> PastAttempt:
     return PastAttempt(
-        offer_zone=zone,
-        instance_type="g5",
-        provisioning_model=model,  # type: ignore[arg-type]
+        pool=CapacityPool("local", zone[:-1], zone, "g5", model),  # type: ignore[arg-type]
         outcome=what,  # type: ignore[arg-type]
         ended_at=NOW - minutes_ago * MINUTE,
         made_progress=progress,
@@ -175,6 +173,72 @@ def test_it_gives_up_when_nothing_of_the_model_fits() -> None:
     assert isinstance(decision, GiveUp) and "no spot pool fits" in decision.reason
 
 
+def region(name: str, cloud: str = "aws", usd: float = 0.4, model: str = "spot") -> list[Offer]:
+    return [
+        Offer(
+            pool=CapacityPool(cloud, name, f"{name}{zone}", "g5", model),  # type: ignore[arg-type]
+            usd_per_hour=usd,
+            on_demand_usd_per_hour=1.0,
+            vcpus=4,
+            memory_gib=16,
+        )
+        for zone in "ab"
+    ]
+
+
+EVERYWHERE = [*region("near", usd=0.5), *region("far", usd=0.3), *region("other", "gcp", usd=0.2)]
+
+
+def refused_in(*pools: Offer, outcome: str = "no-capacity") -> list[PastAttempt]:
+    return [
+        PastAttempt(
+            pool=one.pool,
+            outcome=outcome,  # type: ignore[arg-type]
+            ended_at=NOW,
+            made_progress=False,
+            detail=f"of {one.pool.region} no more",
+        )
+        for one in pools
+    ]
+
+
+def test_a_refusal_leads_to_the_next_zone_then_to_the_next_region_then_to_the_other_cloud() -> None:
+    near, far, other = EVERYWHERE[:2], EVERYWHERE[2:4], EVERYWHERE[4:]
+    told: list[str] = []
+    story: list[PastAttempt] = refused_in(near[0])
+    for _ in range(5):
+        decision = decide(situation(*story, offers=EVERYWHERE, failed_spot_attempts_to_fall_back=9))
+        assert isinstance(decision, Launch)
+        told.append(decision.offer.pool.zone)
+        story += refused_in(decision.offer)
+    assert told == [near[1].pool.zone, *(o.pool.zone for o in far), *(o.pool.zone for o in other)]
+
+
+def test_a_cooled_down_pool_is_asked_again_later() -> None:
+    story = refused_in(EVERYWHERE[4])
+    later = situation(*story, offers=EVERYWHERE, now=NOW + timedelta(minutes=11))
+    first, second, *_ = rank(EVERYWHERE, later)
+    assert (first.pool.zone, second.pool.zone) == ("othera", "otherb")  # by price again
+
+
+def test_a_region_s_quota_leads_to_another_region_and_the_refused_one_is_never_asked_again() -> None:
+    story = refused_in(EVERYWHERE[0], outcome="quota")
+    decision = decide(situation(*story, offers=EVERYWHERE))
+    assert isinstance(decision, Launch) and decision.offer.pool.region == "far"
+    hours_later = decide(situation(*story, offers=EVERYWHERE[:2], now=NOW + timedelta(hours=9), provisioning="spot"))
+    assert isinstance(hours_later, GiveUp)
+
+
+def test_a_spot_quota_leads_to_on_demand_where_the_job_allows_it_and_else_to_an_end_that_says_why() -> None:
+    offers = [*region("near"), *region("near", model="on-demand", usd=1.0)]
+    story = refused_in(offers[0], outcome="quota")
+    decision = decide(situation(*story, offers=offers))
+    assert isinstance(decision, Launch) and decision.fell_back
+    assert decision.offer.pool.provisioning_model == "on-demand"
+    end = decide(situation(*story, offers=offers, provisioning="spot"))
+    assert isinstance(end, GiveUp) and "of near no more" in end.reason
+
+
 def test_the_reason_says_what_was_counted_and_what_it_costs() -> None:
     decision = decide(situation(past("lost", "a"), past("lost", "b")))
     assert isinstance(decision, Launch)
@@ -206,7 +270,11 @@ stories = st.lists(
 def test_whatever_has_happened_the_same_story_gives_the_same_decision(story: list[PastAttempt]) -> None:
     one, again = decide(situation(*story)), decide(situation(*story, offers=OFFERS[::-1]))
     assert one == again
-    assert isinstance(one, Launch) and one.offer in OFFERS
-    if one.fell_back:
-        assert story[-1].provisioning_model == "spot"
-        assert failed_spot_attempts_in_a_row(story) >= 3
+    quotas = {attempt.provisioning_model for attempt in story if attempt.outcome == "quota"}
+    if "on-demand" not in quotas:
+        assert isinstance(one, Launch) and one.offer in OFFERS
+    if isinstance(one, Launch):
+        assert one.offer.pool.provisioning_model not in quotas
+        if one.fell_back:
+            assert story[-1].provisioning_model == "spot"
+            assert failed_spot_attempts_in_a_row(story) >= 3 or "spot" in quotas

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from itertools import takewhile
 from typing import Literal
 
-from holdfast.drivers.protocol import Offer, ProvisioningModel
+from holdfast.drivers.protocol import CapacityPool, Offer, ProvisioningModel
 from holdfast.runtime.contract import Outcome
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 30.0, 600.0
@@ -21,12 +21,15 @@ COOL_DOWN = timedelta(minutes=10)
 class PastAttempt:
     """What placement needs to know of an attempt that has ended."""
 
-    offer_zone: str
-    instance_type: str
-    provisioning_model: ProvisioningModel
+    pool: CapacityPool
     outcome: Outcome
+    detail: str = ""
     ended_at: datetime
     made_progress: bool
+
+    @property
+    def provisioning_model(self) -> ProvisioningModel:
+        return self.pool.provisioning_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +72,13 @@ def decide(situation: Situation) -> Launch | Wait | GiveUp:
     if len(situation.attempts) >= situation.max_attempts:
         return GiveUp(f"{len(situation.attempts)} attempts were made, which is max_attempts; raise it to go on")
     model, why = _provisioning_model(situation)
-    offers = [offer for offer in situation.offers if offer.pool.provisioning_model == model]
+    offers = _within_quota(model, situation)
+    details = [attempt.detail for attempt in situation.attempts if attempt.outcome == "quota"]
+    if not offers and details and model == "spot" and situation.provisioning == "spot-then-on-demand":
+        model, why = "on-demand", "no spot pool is within the account's quota"
+        offers = _within_quota(model, situation)
     if not offers:
-        return GiveUp(f"no {model} pool fits the job's resources")
+        return GiveUp(f"no {model} pool " + (f"is left: {details[-1]}" if details else "fits the job's resources"))
     wait = _wait_after_a_round_of_refusals(situation, len(offers), model)
     if wait:
         return wait
@@ -80,6 +87,16 @@ def decide(situation: Situation) -> Launch | Wait | GiveUp:
     fell_back = model == "on-demand" and last is not None and last.provisioning_model == "spot"
     price = f"${best.usd_per_hour:.3f}/h"
     return Launch(best, f"{why}; {best.pool.zone} at {price} is the best of {len(offers)} pools", fell_back)
+
+
+def _within_quota(model: ProvisioningModel, situation: Situation) -> list[Offer]:
+    """Asking again mends no quota: what was refused for it is left out for the rest of the run."""
+    refused = {_quota_of(attempt.pool) for attempt in situation.attempts if attempt.outcome == "quota"}
+    return [
+        offer
+        for offer in situation.offers
+        if offer.pool.provisioning_model == model and _quota_of(offer.pool) not in refused
+    ]
 
 
 def _wait_after_a_round_of_refusals(situation: Situation, pools: int, model: ProvisioningModel) -> Wait | None:
@@ -107,23 +124,38 @@ def failed_spot_attempts_in_a_row(attempts: Sequence[PastAttempt]) -> int:
 
 
 def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
-    """By expected dollars per useful hour; pools that failed lately come last, and the zone that failed just now too."""
-    last = situation.attempts[-1] if situation.attempts else None
-    avoid = last.offer_zone if last and last.outcome in ("no-capacity", "preempted", "lost", "quota") else ""
-    hot = {
-        (attempt.offer_zone, attempt.instance_type, attempt.provisioning_model)
+    """By expected dollars per useful hour; pools that failed lately come last, and the zone that failed just now too.
+
+    From a zone that failed the way leads to the region's other zones first, then to the cloud's other regions, then to
+    other clouds: the checkpoints are near, and it costs no egress.
+    """
+    hot = [
+        attempt
         for attempt in situation.attempts
         if attempt.outcome in ("no-capacity", "quota", "preempted", "lost")
         and situation.now - attempt.ended_at < COOL_DOWN
-    }
+    ]
+    hot_pools = {attempt.pool for attempt in hot}
+    left = hot[-1].pool if hot and hot[-1] is situation.attempts[-1] else None
 
-    def order(offer: Offer) -> tuple[bool, bool, float, str]:
+    def order(offer: Offer) -> tuple[bool, bool, int, float, str]:
         pool = offer.pool
         usd = usd_per_useful_hour(offer, situation.restart_seconds, situation.save_seconds)
-        is_hot = (pool.zone, pool.instance_type, pool.provisioning_model) in hot
-        return is_hot, pool.zone == avoid, usd, str(pool)
+        same_zone = left is not None and (pool.cloud, pool.zone) == (left.cloud, left.zone)
+        return pool in hot_pools, same_zone, _distance(left, pool), usd, str(pool)
 
     return sorted(offers, key=order)
+
+
+def _distance(left: CapacityPool | None, pool: CapacityPool) -> int:
+    if left is None or (left.cloud, left.region) == (pool.cloud, pool.region):
+        return 0
+    return 1 if left.cloud == pool.cloud else 2
+
+
+def _quota_of(pool: CapacityPool) -> tuple[str, str, str, str]:
+    """Quotas are a region's, by type and model (or by wider classes, which one more refusal each then shows)."""
+    return pool.cloud, pool.region, pool.instance_type, pool.provisioning_model
 
 
 def usd_per_useful_hour(offer: Offer, restart_seconds: float, save_seconds: float) -> float:

@@ -476,10 +476,9 @@ def fingerprint(job: TrainingJob) -> str:
 def past_attempt(attempt: Attempt, job: TrainingJob) -> PastAttempt:
     assert attempt.outcome and attempt.detected_at
     return PastAttempt(
-        offer_zone=attempt.pool.zone,
-        instance_type=attempt.pool.instance_type,
-        provisioning_model=attempt.pool.provisioning_model,
+        pool=attempt.pool,
         outcome=attempt.outcome,
+        detail=attempt.detail,
         ended_at=attempt.detected_at,
         made_progress=_made_progress(attempt, job),
     )

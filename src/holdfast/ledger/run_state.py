@@ -73,6 +73,8 @@ class RunState:
     run_id: str
     job: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    store: str = ""
+    """URL of the store that the checkpoints go to."""
     started_at: datetime | None = None
     closed_at: datetime | None = None
     state: str = "new"
@@ -115,7 +117,7 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
             case "run-started":
                 state.job, state.fingerprint = fields["job"], fields["fingerprint"]
                 state.started_at, state.state = entry.at, "running"
-                state.clock_speed = fields["clock_speed"]
+                state.clock_speed, state.store = fields["clock_speed"], fields.get("store", "")
             case "taken-over":
                 state.recoveries += 1
             case "reopened":

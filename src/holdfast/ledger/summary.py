@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from holdfast.ledger.billing import add_usd, round_usd
+from holdfast.ledger.egress import Place, egress_usd, place_of_store
 from holdfast.ledger.run_state import Attempt, RunState
 
 
@@ -15,9 +16,11 @@ def summarise(state: RunState) -> dict[str, Any]:
 
     `usd_on_demand_equivalent`: what the useful work alone would have cost on an on-demand machine of the same types:
     one start, and every step once, at the step times that were measured. No restart and no repeated step is counted
-    in it, so the saving is not flattered by the interruptions it was bought with.
+    in it, so the saving is not flattered by the interruptions it was bought with. `usd_egress_estimate`: moving checkpoints
+    between regions and clouds, at list prices, beside the total.
     """
-    attempts = [_attempt_row(attempt) for attempt in state.attempts]
+    store = place_of_store(state.store)
+    attempts = [_attempt_row(attempt, store) for attempt in state.attempts]
     equivalent = _on_demand_equivalent(state)
     total = state.usd_total
     useful_seconds = sum(_useful_seconds(attempt) for attempt in state.attempts)
@@ -37,6 +40,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         "lost_seconds": round(sum(row["lost_seconds"] for row in attempts), 3),
         "lost_usd": add_usd(row["lost_usd"] for row in attempts),
         "usd_total": total,
+        "usd_egress_estimate": add_usd(row["usd_egress_estimate"] for row in attempts),
         "usd_on_demand_equivalent": equivalent,
         "saving_usd": round_usd(equivalent - total),
         "saving_fraction": round(1 - total / equivalent, 4) if equivalent else None,
@@ -113,6 +117,11 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"{checkpoints['overhead_fraction']:.2%} of the training time",
         f"- Goodput: {_percent(summary['goodput'])} of the billed time trained steps that count",
     ]
+    if summary["usd_egress_estimate"]:
+        rows.append(
+            f"- Egress of checkpoints to another region or cloud: about ${summary['usd_egress_estimate']:.4f}, an estimate "
+            "at list prices that is not in the total"
+        )
     if summary["clock_speed"] != 1:
         rows.append(
             f"- Clock: this cloud's ran {summary['clock_speed']:g} times as fast as the wall's; every second, hour and "
@@ -124,7 +133,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _attempt_row(attempt: Attempt) -> dict[str, Any]:
+def _attempt_row(attempt: Attempt, store: Place) -> dict[str, Any]:
     lost_seconds = attempt.lost_steps * (attempt.step_seconds or 0.0)
     first = (attempt.resumed_step or 0) + 1 if attempt.trained_steps > 0 else None
     return {
@@ -143,6 +152,7 @@ def _attempt_row(attempt: Attempt) -> dict[str, Any]:
         "billed_seconds": attempt.billed_seconds,
         "usd_per_hour": attempt.usd_per_hour,
         "usd": attempt.usd,
+        "usd_egress_estimate": egress_usd(attempt, store),
         "first_step": first,
         "last_step": attempt.last_step,
         "last_committed_step": attempt.committed_step,

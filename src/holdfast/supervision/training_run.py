@@ -11,17 +11,18 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.checkpoint.policy import CheckpointPolicy
-from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer
+from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer, PricePoint
 from holdfast.errors import (
     AlreadyExistsError,
     CapacityError,
     ConfigError,
+    CredentialsError,
     HoldfastError,
     OverBudgetError,
     QuotaError,
@@ -46,7 +47,12 @@ from holdfast.supervision.watch import Ending, watch_attempt
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SETTLE_WALL_SECONDS = 300.0
+CLOUD_PATIENCE_WALL_SECONDS = 120.0
+CREDENTIALS_PATIENCE_WALL_SECONDS = 24 * 3600.0
+CREDENTIALS_POLL_WALL_SECONDS = 15.0
+"""Credentials that have ended are for people to renew: the run waits for them for so long, and asks so often."""
 STORE_PATIENCE_WALL_SECONDS = 600.0
 """How long an entry waits for a store that does not answer, before the run is given up."""
 FIRST_GUESS_RESTART_SECONDS = 120.0
@@ -90,6 +96,7 @@ class TrainingRun:
                 job=self.job.model_dump(mode="json"),
                 fingerprint=fingerprint(self.job),
                 clock_speed=self.driver.clock.speed,
+                store=self.store.url,
             )
         elif self._owner.took_over:
             self._append("taken-over", owner=self._owner.number)
@@ -167,23 +174,25 @@ class TrainingRun:
             raise self._taken_error()
         self.keepalive.attempt = None
         give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
-        while living := [machine for machine in self._machines() if machine.state != "terminated"]:
+        while living := self._patiently(self._living_machines):
             for machine in living:
-                self.driver.terminate(machine.id, machine.pool)
+                if machine.state != "stopping":
+                    self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
             if time.monotonic() > give_up_at:
                 names = ", ".join(machine.id for machine in living)
                 raise TransientError(f"machines of run {self.run_id} do not end: {names}; reap_orphans goes on trying")
-            time.sleep(min(0.05, self.driver.poll_seconds))
+            time.sleep(self.driver.poll_seconds)
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def decide(self) -> Launch | Wait | GiveUp:
-        """Where to go next. Raises nothing: giving up is a decision too."""
+        """Where to go next; giving up is a decision too. Raises TransientError when the cloud does not tell its offers."""
         state = self.state
+        offers = self._with_credentials(self.driver.offers)
         return decide(
             Situation(
                 now=self.driver.clock.now(),
-                offers=fitting_offers(self.job.resources, self.driver.offers()),
+                offers=fitting_offers(self.job.resources, offers),
                 attempts=[past_attempt(attempt, self.job) for attempt in state.attempts if attempt.outcome],
                 provisioning=self.job.provisioning,
                 failed_spot_attempts_to_fall_back=self.job.fallback.after_failed_spot_attempts,
@@ -235,8 +244,7 @@ class TrainingRun:
         self.keepalive.attempt = attempt.number
         self.keepalive.renew()
         try:
-            living = self._machines(attempt)
-            machine = living[0] if living else self.driver.launch(self._launch_request(attempt))
+            machine = self._with_credentials(lambda: self._adopt_or_launch(attempt))
         except CapacityError as error:
             self._record_end(attempt, Ending(outcome="no-capacity", detail=str(error)))
             raise
@@ -249,6 +257,10 @@ class TrainingRun:
         if not attempt.machine:
             self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
         return machine
+
+    def _adopt_or_launch(self, attempt: Attempt) -> Machine:
+        living = self._machines(attempt)
+        return living[0] if living else self.driver.launch(self._launch_request(attempt))
 
     def supervise(self) -> Iterator[Update]:
         """Watch the open attempt to its end, which is in the journal when the iterator is exhausted."""
@@ -287,7 +299,9 @@ class TrainingRun:
         if attempt.launched_at is None:
             return self.state.usd_total
         now = self.driver.clock.now()
-        prices = self.driver.price_history(attempt.pool, attempt.launched_at, now)
+        prices = [
+            PricePoint(at=attempt.launched_at, usd_per_hour=attempt.usd_per_hour)
+        ]  # asks no cloud: it is shown often
         running = bill(attempt.launched_at, now, prices, TERMS[attempt.pool.cloud], preempted=False)
         return self.state.usd_total + running.usd
 
@@ -304,7 +318,7 @@ class TrainingRun:
                 self.keepalive.taken = True
                 raise self._taken_error() from error
             except TransientError as error:
-                if time.monotonic() + pause > give_up_at:
+                if time.monotonic() + pause > give_up_at and not isinstance(error, CredentialsError):
                     raise
                 log.warning("entry %r waits for the store run=%s error=%s", kind, self.run_id, error)
                 time.sleep(pause)
@@ -340,7 +354,7 @@ class TrainingRun:
         machine = ending.machine
         seconds = usd = 0.0
         if machine and machine.terminated_at:
-            prices = self.driver.price_history(attempt.pool, machine.launched_at, machine.terminated_at)
+            prices = self._prices(attempt, machine.launched_at, machine.terminated_at)
             preempted = machine.reason == "preempted" and attempt.pool.provisioning_model == "spot"
             terms = TERMS[attempt.pool.cloud]
             charged = bill(machine.launched_at, machine.terminated_at, prices, terms, preempted)
@@ -364,15 +378,25 @@ class TrainingRun:
         except TransientError as error:
             log.warning("budget not settled yet run=%s error=%s", self.run_id, error)  # close() does it
 
+    def _prices(self, attempt: Attempt, start: datetime, end: datetime) -> Sequence[PricePoint]:
+        """What held then; the price that was reserved at, with a warning, when the cloud does not tell for long."""
+        try:
+            return self._patiently(lambda: self.driver.price_history(attempt.pool, start, end))
+        except TransientError as error:
+            self.warn(
+                f"attempt {attempt.number} is billed at the price of its reservation, no history was told: {error}"
+            )
+            return [PricePoint(at=start, usd_per_hour=attempt.usd_per_hour)]
+
     def _finish_open_attempt(self, outcome: contract.Outcome, why: str) -> None:
         attempt = self.state.open_attempt
         if attempt is None:
             return
         if self.taken:
             raise self._taken_error()
-        machines = self._machines(attempt)
+        machines = self._patiently(lambda: self._machines(attempt))
         for machine in machines:  # before anything is written: a journal that can't be must not keep a machine alive
-            self.driver.terminate(machine.id, machine.pool)
+            self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
         if not attempt.machine and not machines:
             self._record_end(attempt, Ending(outcome=outcome, detail=why))
             return
@@ -423,6 +447,41 @@ class TrainingRun:
             return list(self.driver.machines(tags, cloud=attempt.pool.cloud))
         clouds = sorted({attempt.pool.cloud for attempt in self.state.attempts})
         return [machine for cloud in clouds for machine in self.driver.machines({RUN_TAG: self.run_id}, cloud=cloud)]
+
+    def _living_machines(self) -> list[Machine]:
+        return [machine for machine in self._machines() if machine.state != "terminated"]
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What `call` returns, asked again for a while. Raises TransientError in the end."""
+        give_up_at = time.monotonic() + CLOUD_PATIENCE_WALL_SECONDS
+        pause = min(1.0, self.driver.poll_seconds)
+        while True:
+            try:
+                return self._with_credentials(call)
+            except TransientError as error:
+                if time.monotonic() + pause > give_up_at:
+                    raise
+                log.warning("asking the cloud again run=%s error=%s", self.run_id, error)
+                time.sleep(pause)
+                pause = min(2 * pause, 10.0)
+
+    def _with_credentials(self, call: Callable[[], T]) -> T:
+        """What `call` returns, however long it takes until somebody has renewed credentials that have ended.
+
+        Meanwhile a machine lives by its lease, which the store's own credentials renew: it is not leaked.
+        """
+        give_up_at = time.monotonic() + CREDENTIALS_PATIENCE_WALL_SECONDS
+        while True:
+            try:
+                return call()
+            except CredentialsError as error:
+                self.warn(f"waited for credentials: {error}")
+                log.warning("waiting for credentials run=%s error=%s", self.run_id, error)
+                if time.monotonic() > give_up_at:
+                    raise
+                if self.keepalive.taken:
+                    raise self._taken_error() from error
+                time.sleep(min(CREDENTIALS_POLL_WALL_SECONDS, 10 * self.driver.poll_seconds))
 
     def _token(self, attempt: int) -> str:
         return f"{self.run_id}-{attempt:04d}"

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from holdfast.drivers.protocol import Machine
-from holdfast.errors import NotFoundError, RunTakenError, TransientError
+from holdfast.errors import CredentialsError, NotFoundError, RunTakenError, TransientError
 from holdfast.ledger.run_state import Attempt
 from holdfast.runtime.contract import Outcome, attempt_prefix, checkpoint_prefix
 from holdfast.supervision.updates import Update
@@ -90,6 +90,9 @@ class _Watch:
                     return
                 if machine:
                     yield from self._act(machine)
+            except CredentialsError as error:
+                if self.run.warn(f"waited for credentials: {error}"):
+                    yield self._update("warned", f"waiting for credentials: {error}")
             except TransientError as error:
                 if self.run.warn(f"attempt {self.attempt.number}: supervision went on after errors of store or cloud"):
                     yield self._update("warned", f"{error}; going on")

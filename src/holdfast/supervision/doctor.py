@@ -1,0 +1,110 @@
+"""Does it work, what is missing, what will it cost: asked before anything runs. Nothing is launched."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from holdfast.drivers.protocol import Driver, Finding, Offer
+from holdfast.errors import AlreadyExistsError, ConfigError, HoldfastError
+from holdfast.model import TrainingJob
+from holdfast.placement.policy import Situation, rank
+from holdfast.storage import ObjectStore
+from holdfast.supervision.bundle import check_code
+from holdfast.supervision.preflight import fitting_offers
+from holdfast.supervision.training_run import FIRST_GUESS_RESTART_SECONDS, FIRST_GUESS_SAVE_SECONDS
+
+POOLS_SHOWN = 5
+
+
+def examine_store(store: ObjectStore) -> Iterator[Finding]:
+    """Every right that a run needs of its store, tried one by one on a probe object that is deleted again."""
+    key = f"probes/{secrets.token_hex(8)}"
+
+    def conditional_write() -> None:
+        try:
+            store.create(key, b"other")
+        except AlreadyExistsError:
+            return
+        raise ConfigError("a key that exists was written again: the store has no conditional writes; use another")
+
+    def read() -> None:
+        if store.get(key) != b"holdfast":
+            raise ConfigError("other bytes came back than were written")
+
+    yield Finding(subject="store", ok=True, detail=store.url)
+    for subject, act in (
+        ("store write", lambda: store.create(key, b"holdfast")),
+        ("store conditional write", conditional_write),
+        ("store read", read),
+        ("store list", lambda: store.list(key)),
+        ("store delete", lambda: store.delete(key)),
+    ):
+        try:
+            act()
+            yield Finding(subject=subject, ok=True, detail="works")
+        except (HoldfastError, OSError) as error:
+            yield Finding(subject=subject, ok=False, detail=str(error))
+            if subject == "store write":
+                return  # the rest would only say the same again
+
+
+def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
+    """Whether the job's code can be sent, which pools fit, and what an hour and the worst case cost."""
+    try:
+        check_code(Path(job.code))
+        yield Finding(subject="code", ok=True, detail=str(job.code))
+    except HoldfastError as error:
+        yield Finding(subject="code", ok=False, detail=str(error))
+    try:
+        offers = fitting_offers(job.resources, driver.offers())
+    except HoldfastError as error:
+        yield Finding(subject="pools", ok=False, detail=str(error))
+        return
+    for model in ("spot", "on-demand") if job.provisioning == "spot-then-on-demand" else (job.provisioning,):
+        ranked = _ranked([offer for offer in offers if offer.pool.provisioning_model == model], driver)
+        if not ranked:
+            yield Finding(subject=f"{model} pools", ok=False, detail="none fits the job's resources; ask for less")
+            continue
+        shown = "; ".join(f"{offer.pool} ${offer.usd_per_hour:.4f}/h" for offer in ranked[:POOLS_SHOWN])
+        rest = f"; and {len(ranked) - POOLS_SHOWN} more" if len(ranked) > POOLS_SHOWN else ""
+        yield Finding(subject=f"{model} pools", ok=True, detail=shown + rest)
+    yield _cost(job, _ranked(offers, driver))
+
+
+def _cost(job: TrainingJob, offers: Sequence[Offer]) -> Finding:
+    wanted = "on-demand" if job.provisioning == "on-demand" else "spot"
+    best = next((offer for offer in offers if offer.pool.provisioning_model == wanted), offers[0])
+    worst = best.on_demand_usd_per_hour * job.max_run_hours
+    return Finding(
+        subject="cost",
+        ok=True,
+        detail=f"${best.usd_per_hour:.4f} an hour in {best.pool} (on demand ${best.on_demand_usd_per_hour:.4f}); at most "
+        f"${worst:.2f} in all: max_run_hours {job.max_run_hours:g} at the on-demand price",
+    )
+
+
+def _ranked(offers: Sequence[Offer], driver: Driver) -> list[Offer]:
+    return rank(
+        offers,
+        Situation(
+            now=driver.clock.now(),
+            offers=offers,
+            attempts=[],
+            provisioning="spot",
+            failed_spot_attempts_to_fall_back=1,
+            max_attempts=1,
+            restart_seconds=FIRST_GUESS_RESTART_SECONDS,
+            save_seconds=FIRST_GUESS_SAVE_SECONDS,
+        ),
+    )
+
+
+def to_text(findings: Iterable[Finding]) -> str:
+    """One line each, what is wrong marked; for a terminal or a log."""
+    found = list(findings)
+    width = max((len(finding.subject) for finding in found), default=0)
+    lines = [f"{'ok     ' if one.ok else 'MISSING'}  {one.subject:<{width}}  {one.detail}" for one in found]
+    missing = sum(not finding.ok for finding in found)
+    return "\n".join([*lines, "", f"{missing} of {len(found)} are missing" if missing else "everything works"])

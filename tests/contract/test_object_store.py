@@ -1,4 +1,4 @@
-"""What Holdfast asks of an object store. Every store passes this; S3 and GCS join the list of STORES."""
+"""What Holdfast asks of an object store. Every store of STORES passes this: a folder, S3 and GCS."""
 
 from __future__ import annotations
 
@@ -8,20 +8,48 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
 from holdfast.storage import DirectoryStore, ObjectStore, open_store
-from holdfast.storage.directory import STAGED_SUFFIX
+from holdfast.storage.keys import STAGED_SUFFIX
+from tests.emulated.gcs import GcsEmulator
+from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
 
-STORES: dict[str, Callable[[Path], ObjectStore]] = {"directory": lambda folder: DirectoryStore(folder / "objects")}
+
+@contextmanager
+def a_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    yield DirectoryStore(folder / "objects")
+
+
+@contextmanager
+def s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    with S3Emulator("contract") as emulator:
+        yield open_store(emulator.url("contract", "team a/runs"))
+
+
+@contextmanager
+def gcs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("HOME", str(folder))  # a person's own credentials would come before the machine's
+    with GcsEmulator("contract") as emulator:
+        monkeypatch.setenv("GCE_METADATA_HOST", emulator.host)
+        yield open_store(emulator.url("contract", "team a/runs"))
+
+
+Opener = Callable[[Path, pytest.MonkeyPatch], AbstractContextManager[ObjectStore]]
+STORES: dict[str, Opener] = {"directory": a_directory, "s3": s3, "gcs": gcs}
 
 
 @pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    return STORES[request.param](tmp_path)
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    with STORES[request.param](tmp_path, monkeypatch) as opened:
+        yield opened
 
 
 def keys(store: ObjectStore, prefix: str = "") -> list[str]:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
+from holdfast.errors import AlreadyExistsError, NotFoundError, TransientError
+from holdfast.storage.keys import STAGED_SUFFIX, check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
 
-STAGED_SUFFIX = ".staged"
 ABANDONED_SECONDS = 24 * 3600.0
 """What a killed writer left half-written is removed when it has not grown for so long."""
 
@@ -60,7 +60,7 @@ class DirectoryStore:
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         below, slash, _ = prefix.rpartition("/")
-        if slash and not _is_key(below):
+        if slash and not is_key(below):
             return []  # no key begins like that
         found = []
         try:
@@ -94,8 +94,7 @@ class DirectoryStore:
                 parent.rmdir()
 
     def _path(self, key: str) -> Path:
-        if not _is_key(key):
-            raise ConfigError(f"{key!r} is no key of an object: it must be relative, without empty or dotted parts")
+        check_key(key)
         return self.root.joinpath(*key.split("/"))
 
     @contextlib.contextmanager
@@ -116,11 +115,6 @@ class DirectoryStore:
         finally:
             with contextlib.suppress(OSError):
                 staged.unlink(missing_ok=True)
-
-
-def _is_key(text: str) -> bool:
-    bad_part = any(part in ("", ".", "..") for part in text.split("/"))
-    return not bad_part and "\0" not in text and not text.endswith(STAGED_SUFFIX)
 
 
 def _remove_if_abandoned(staged: Path) -> None:

@@ -1,0 +1,267 @@
+"""S3 and GCS with the semantics of the protocol, through obstore.
+
+Why obstore, and what it does not do by itself: docs/decisions/0001-object-store.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
+from holdfast.storage.address import Address
+from holdfast.storage.cloud_clients import client
+from holdfast.storage.cloud_errors import code_of, status_of, translated
+from holdfast.storage.keys import check_key, is_key
+from holdfast.storage.protocol import Data, ObjectInfo
+
+PART_BYTES = 16 * 1024 * 1024
+PARTS_AT_ONCE = 8
+MAX_PARTS = 10_000
+"""Of S3 and GCS: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
+READ_AT_ONCE_BYTES = 64 * 1024 * 1024
+"""More than this is read in ranges, side by side: one connection to S3 gives some 100 MB/s."""
+RETRY_SECONDS = 60.0
+WRITER = "holdfast-writer"
+"""Metadata that tells our own write from another's when its answer was lost."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class CloudStore:
+    """Objects below a prefix of a bucket. Any number of threads may share it; a forked child may not.
+
+    What the store answers with "later" (throttling, HTTP 5xx, resets, time-outs) is asked again for `retry_seconds`,
+    with backoff and jitter; then it is a TransientError. Every verb raises ConfigError for a bucket that is not there
+    and an account that may not, and CredentialsError.
+    """
+
+    def __init__(self, address: Address, credentials: Any = None, retry_seconds: float = RETRY_SECONDS) -> None:
+        self.url, self._address, self._retry_seconds = address.url, address, retry_seconds
+        self._client = client(address, credentials, retry_seconds)
+
+    def put(self, key: str, data: Data | Iterable[Data]) -> None:
+        """In parts, side by side, when it is more than PART_BYTES; a source that fails leaves no part behind."""
+        import obstore
+
+        path, writer = self._path(key), secrets.token_hex(8)
+        source = _Source(key, data)
+        whole = source.whole_if_small()
+        try:
+            if whole is not None:
+                obstore.put(self._client, path, whole, use_multipart=False)
+            else:
+                obstore.put(
+                    self._client,
+                    path,
+                    source.pieces(),
+                    attributes={WRITER: writer},
+                    use_multipart=True,
+                    chunk_size=PART_BYTES,
+                    max_concurrency=PARTS_AT_ONCE,
+                )
+        except Exception as error:
+            if source.error is not None:
+                raise source.error from None
+            # The answer to "complete the upload" was lost, and asked again, the store knows no such upload.
+            if code_of(error) == "NoSuchUpload" and self._wrote(key, path, writer):
+                return
+            raise translated(error, "put", key, self._address) from error
+
+    def create(self, key: str, data: Data | Iterable[Data]) -> None:
+        """In one request (the clouds have no conditional upload in parts), so for what fits in memory."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError as Exists
+
+        path, writer = self._path(key), secrets.token_hex(8)
+        body = _joined(data)
+
+        def attempt() -> None:
+            try:
+                obstore.put(self._client, path, body, mode="create", attributes={WRITER: writer})
+            except Exists as error:
+                # Perhaps it was we, and the answer was lost. S3 also says so (409) while another's write is under way.
+                wrote = self._wrote(key, path, writer)
+                if wrote is None:
+                    raise TransientError(f"{key} in {self.url} is being written or deleted by another") from error
+                if not wrote:
+                    raise AlreadyExistsError(f"{key} exists in {self.url}") from None
+
+        self._persist("create", key, attempt)
+
+    def get(self, key: str) -> bytes:
+        return self._read(key, 0, None)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` -1: to the end."""
+        if length == 0:
+            self._attributes(key, self._path(key))
+            return b""
+        return self._read(key, start, None if length < 0 else start + length)
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        import obstore
+
+        # obstore's prefixes are whole folders; ours are text.
+        folder, slash, _ = prefix.rpartition("/")
+        if slash and not is_key(folder):
+            return []  # no key begins like that
+        below = "/".join(part for part in (self._address.prefix, folder) if part)
+        cut = len(self._address.prefix) + 1 if self._address.prefix else 0
+        try:
+            found = [
+                ObjectInfo(entry["path"][cut:], entry["size"])
+                for page in obstore.list(self._client, below or None, chunk_size=1000)
+                for entry in page
+                if entry["path"][cut:].startswith(prefix)
+            ]
+        except Exception as error:
+            raise translated(error, "list", prefix, self._address) from error
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        import obstore
+
+        path = self._path(key)
+        with contextlib.suppress(NotFoundError):
+            self._persist("delete", key, lambda: obstore.delete(self._client, path))
+
+    def __repr__(self) -> str:
+        return f"CloudStore({self.url!r})"
+
+    def _path(self, key: str) -> str:
+        check_key(key)
+        path = f"{self._address.prefix}/{key}" if self._address.prefix else key
+        check_key(path)  # it may be too long
+        return path
+
+    def _persist(self, verb: str, key: str, attempt: Callable[[], T]) -> T:
+        """`attempt` until it succeeds, is refused, or time is up: what obstore does not repeat by itself."""
+        give_up_at = time.monotonic() + self._retry_seconds
+        pause = 0.2
+        while True:
+            try:
+                return attempt()
+            except AlreadyExistsError:
+                raise
+            except Exception as error:
+                failure = translated(error, verb, key, self._address)
+                if not isinstance(failure, TransientError) or time.monotonic() + pause > give_up_at:
+                    raise failure from error
+                log.debug("store=%s verb=%s key=%s asked again after: %s", self.url, verb, key, failure)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, 8.0)
+
+    def _wrote(self, key: str, path: str, writer: str) -> bool | None:
+        """Is the object under `key` the one that `writer` wrote? None: there is none."""
+        try:
+            return self._attributes(key, path).get(WRITER) == writer
+        except NotFoundError:
+            return None
+
+    def _attributes(self, key: str, path: str) -> dict[str, str]:
+        import obstore
+
+        try:
+            return dict(obstore.get(self._client, path, options={"head": True}).attributes)
+        except Exception as error:
+            raise translated(error, "get", key, self._address) from error
+
+    def _read(self, key: str, start: int, stop: int | None) -> bytes:
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        path = self._path(key)
+        ranged = {"range": _range(start, stop if stop is None else min(stop, start + READ_AT_ONCE_BYTES))}
+        whole = start == 0 and stop is None
+        for _ in range(10):
+            try:
+                first = obstore.get(self._client, path, options={} if whole else ranged)
+                end = min(first.meta["size"] if stop is None else stop, first.meta["size"])
+                if end - start <= READ_AT_ONCE_BYTES:
+                    return bytes(first.bytes())
+                return self._read_side_by_side(path, first.meta["e_tag"], start, end)
+            except PreconditionError:
+                continue  # replaced while we read
+            except Exception as error:
+                if status_of(error) == 416:
+                    return b""
+                raise translated(error, "get", key, self._address) from error
+        raise TransientError(f"{self.url}: can't get {key!r}: it is replaced as fast as it is read")
+
+    def _read_side_by_side(self, path: str, e_tag: str | None, start: int, end: int) -> bytes:
+        import obstore
+
+        def read(at: int) -> Any:
+            options: dict[str, Any] = {"range": (at, min(at + PART_BYTES, end))}
+            if e_tag:
+                options["if_match"] = e_tag  # parts of two versions would be neither
+            return obstore.get(self._client, path, options=options).bytes()
+
+        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-read") as pool:
+            return b"".join(pool.map(read, range(start, end, PART_BYTES)))
+
+
+class _Source:
+    """The bytes to put, cut into pieces that obstore can take one at a time: it copies each before it asks for more."""
+
+    def __init__(self, key: str, data: Data | Iterable[Data]) -> None:
+        self._key = key
+        self._chunks = iter([data] if isinstance(data, Data) else data)
+        self._head = bytearray()
+        self._rest: memoryview = memoryview(b"")
+        self.error: BaseException | None = None
+        """What the source itself raised: none of the store's business."""
+
+    def whole_if_small(self) -> bytes | None:
+        for chunk in self._chunks:
+            view = memoryview(chunk).cast("B")
+            room = PART_BYTES - len(self._head)
+            self._head += view[:room]
+            if len(view) > room:
+                self._rest = view[room:]
+                return None
+        return bytes(self._head)
+
+    def pieces(self) -> Iterator[Data]:
+        sent = 0
+        try:
+            for piece in self._cut():
+                sent += len(piece)
+                if sent > MAX_PARTS * PART_BYTES:
+                    raise ConfigError(
+                        f"{self._key}: an object may have {MAX_PARTS * PART_BYTES >> 30} GiB here; write it as several"
+                    )
+                yield piece
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _cut(self) -> Iterator[Data]:
+        yield bytes(self._head)
+        yield from _at_most_a_part(self._rest)
+        for chunk in self._chunks:
+            yield from _at_most_a_part(memoryview(chunk).cast("B"))
+
+
+def _at_most_a_part(view: memoryview) -> Iterator[memoryview]:
+    # A larger one obstore would copy as a whole, and send all its parts at once.
+    for start in range(0, len(view), PART_BYTES):
+        yield view[start : start + PART_BYTES]
+
+
+def _joined(data: Data | Iterable[Data]) -> bytes:
+    return bytes(data) if isinstance(data, Data) else b"".join(memoryview(chunk).cast("B") for chunk in data)
+
+
+def _range(start: int, stop: int | None) -> Any:
+    return {"offset": start} if stop is None else (start, stop)

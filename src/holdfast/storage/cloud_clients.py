@@ -1,0 +1,136 @@
+"""obstore's stores for S3 and GCS: endpoint, credentials, retries. obstore is imported here alone, when it is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import ConfigError
+from holdfast.storage.address import Address
+
+if TYPE_CHECKING:
+    from obstore.store import GCSStore, S3Store
+
+CONNECT_SECONDS = 5.0
+REQUEST_SECONDS = 60.0
+"""One part of 16 MB must be through in this time, so 3 Mbit/s for each of the connections."""
+CREDENTIALS_SECONDS = 300.0
+"""So long obstore keeps what a session gave. botocore renews 10 to 15 minutes before the end, in time for this."""
+NATIVE = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+
+def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store | GCSStore:
+    """Raises ConfigError: obstore is missing, or an option is none that it knows."""
+    try:
+        from obstore import store
+        from obstore.exceptions import BaseError
+    except ImportError as error:
+        raise ConfigError(
+            f"store {address.url!r} needs the package obstore, which this Python does not have; "
+            f"pip install 'holdfast[obstore]' ({error})"
+        ) from error
+    common = {
+        "client_options": {
+            "allow_http": True,  # an endpoint's scheme is the user's to choose; without one it is https
+            "timeout": timedelta(seconds=REQUEST_SECONDS),
+            "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+        },
+        "retry_config": {
+            "max_retries": 1000,  # time is the limit
+            "retry_timeout": timedelta(seconds=retry_seconds),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=200),
+                "max_backoff": timedelta(seconds=8),
+                "base": 2,
+            },
+        },
+    }
+    try:
+        if address.scheme == "s3":
+            return store.S3Store(address.bucket, **_s3_options(address, credentials, os.environ), **common)
+        return store.GCSStore(address.bucket, **_gcs_options(address, credentials), **common)
+    except (BaseError, ValueError) as error:
+        said = str(error).partition("\n\nDebug source")[0]
+        raise ConfigError(f"store {address.url!r} can't be opened: {said}") from error
+
+
+def _s3_options(address: Address, credentials: Any, environment: Mapping[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"region": address.options.get("region", "us-east-1")}
+    # One DELETE for one object: not every server that speaks S3 has DeleteObjects.
+    options["disable_bulk_delete"] = True
+    if endpoint := address.options.get("endpoint"):
+        options["endpoint"] = endpoint
+    if (checksum := address.options.get("checksum", "sha256")) != "none":
+        options["checksum_algorithm"] = checksum
+    # botocore reads another variable than object_store does. Whoever redirects one means both.
+    metadata = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+    if metadata and not environment.get("AWS_METADATA_ENDPOINT"):
+        options["metadata_endpoint"] = metadata.rstrip("/")
+    session = credentials or _profile_session(environment)
+    if session:
+        options["credential_provider"] = _from_session(session)
+    return options
+
+
+def _from_session(session: Any) -> Callable[[], dict[str, Any]]:
+    """A boto3 or botocore session as obstore's credential provider. Raises ConfigError when it has no credentials."""
+    found = session.get_credentials()
+    if found is None:
+        raise ConfigError("the AWS session has no credentials; log in, or name a profile that has some")
+
+    def provide() -> dict[str, Any]:
+        frozen = found.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIALS_SECONDS),
+        }
+
+    return provide
+
+
+def _profile_session(environment: Mapping[str, str]) -> Any:
+    """botocore's session where credentials are a profile's, which obstore can't read: a person's computer, mostly."""
+    if any(environment.get(name) for name in NATIVE):
+        return None
+    files = (
+        environment.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+        environment.get("AWS_CONFIG_FILE", "~/.aws/config"),
+    )
+    named = environment.get("AWS_PROFILE")
+    if not named and not any(Path(file).expanduser().is_file() for file in files):
+        return None
+    try:
+        import botocore.exceptions
+        import botocore.session
+    except ImportError as error:
+        if named:
+            raise ConfigError(f"AWS_PROFILE is {named!r}, and to read it boto3 is needed; pip install boto3") from error
+        return None
+    session = botocore.session.Session()
+    try:
+        return session if session.get_credentials() else None
+    except botocore.exceptions.BotoCoreError as error:
+        raise ConfigError(f"AWS profile {named or 'default'!r} gives no credentials: {error}") from error
+
+
+def _gcs_options(address: Address, credentials: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if endpoint := address.options.get("endpoint"):
+        options["base_url"] = endpoint
+    if credentials is not None:
+        from google.auth.credentials import with_scopes_if_required
+        from obstore.auth.google import GoogleCredentialProvider
+
+        options["credential_provider"] = GoogleCredentialProvider(with_scopes_if_required(credentials, [SCOPE]))
+    return options

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
+import subprocess
+import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from holdfast.errors import ConfigError
 from holdfast.model import TrainingJob
 from holdfast.storage import DirectoryStore
 from holdfast.supervision import bundle
-from holdfast.supervision.bundle import pack, upload_bundle
+from holdfast.supervision.bundle import obstore, pack, upload_bundle
 
 
 def job(code: Path, **changes: object) -> TrainingJob:
@@ -129,6 +133,9 @@ def test_the_agent_s_orders_are_the_job_s(tmp_path: Path) -> None:
         "command": ["train.py", "--lr", "0.1 "],
         "env": {"A": "b"},
         "notice_poll_seconds": 2.0,
+        "requirements": "",
+        "container": "",
+        "obstore": "",
     }
     assert orders(tmp_path, script="", module="pkg.train", args=["x"])["command"] == ["-m", "pkg.train", "x"]
     command = orders(tmp_path, script="", command=["./run.sh", "1"], args=["2"])
@@ -142,3 +149,60 @@ def test_a_bundle_is_stored_once_under_its_checksum(tmp_path: Path) -> None:
     (info,) = store.list("runs/run/bundles/")
     assert one.url == f"{store.url}/{info.key}" and one.sha256[:16] in info.key
     assert hashlib.sha256(store.get(info.key)).hexdigest() == one.sha256
+
+
+def test_the_key_of_a_bundle_belongs_to_the_path_of_its_url(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    store.url = "s3://bucket/some/prefix/?region=eu-west-1&endpoint=http%3A%2F%2F127.0.0.1%3A1"
+    found = upload_bundle(job(tree(tmp_path / "code", "train.py")), store, "run")
+    (info,) = store.list("runs/run/bundles/")
+    assert found.url == f"s3://bucket/some/prefix/{info.key}?region=eu-west-1&endpoint=http%3A%2F%2F127.0.0.1%3A1"
+
+
+# -- what the machine may lack ----------------------------------------------------------------------------------------
+
+
+def test_a_machine_of_a_cloud_is_sent_obstore_for_the_platform_it_was_made_for(tmp_path: Path) -> None:
+    code, store = tree(tmp_path / "code", "train.py"), DirectoryStore(tmp_path / "store")
+    store.url = "gs://bucket/prefix"
+    sent = store.get(f"runs/run/bundles/{upload_bundle(job(code), store, 'run').sha256[:16]}.tar.gz")
+    vendored = {name for name in opened(sent) if name.startswith("vendor/")}
+    folder = f"vendor/{sysconfig.get_platform()}/obstore/"
+    assert {folder + "__init__.py", folder + "_obstore.abi3.so"} <= vendored
+    assert all(name.startswith(folder) for name in vendored)
+    assert {"code/train.py", "lib/holdfast/__init__.py", "agent.json"} <= set(opened(sent))
+    assert json.loads(content(sent, "agent.json"))["obstore"] == importlib.metadata.version("obstore")
+    plain = pack(job(code))
+    assert "vendor" not in {name.partition("/")[0] for name in opened(plain)} and len(plain) < 1 << 20
+
+
+def test_tar_unpacks_both_parts_of_such_a_bundle_and_python_imports_them(tmp_path: Path) -> None:
+    data = pack(job(tree(tmp_path / "code", "train.py")), obstore())
+    work = tmp_path / "work"
+    work.mkdir()
+    subprocess.run(["tar", "-xz"], input=data, cwd=work, check=True)
+    assert (work / "code" / "train.py").read_text() == "train.py"
+    vendor = work / "vendor" / sysconfig.get_platform()
+    command = [sys.executable, "-S", "-c", "import obstore; print(obstore.__file__, obstore.__version__)"]
+    ran = subprocess.run(command, env={"PYTHONPATH": str(vendor)}, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [str(vendor / "obstore" / "__init__.py"), importlib.metadata.version("obstore")]
+
+
+def test_the_same_code_makes_the_same_bundle_with_obstore_too(tmp_path: Path) -> None:
+    code = tree(tmp_path, "train.py")
+    first = pack(job(code), obstore())
+    obstore.cache_clear()
+    assert first == pack(job(code), obstore())
+
+
+def test_the_agent_is_told_the_environment_of_the_program(tmp_path: Path) -> None:
+    tree(tmp_path, "train.py", "env/lock.txt")
+    assert orders(tmp_path, environment={"requirements": "./env/lock.txt"})["requirements"] == "./env/lock.txt"
+    assert orders(tmp_path, environment={"container": "a/b@sha256:1"})["container"] == "a/b@sha256:1"
+
+
+def test_a_lock_file_that_stays_at_home_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    tree(tmp_path, "train.py", "lock.txt")
+    (tmp_path / ".holdfastignore").write_text("*.txt")
+    with pytest.raises(ConfigError, match=r"environment.requirements: 'lock.txt' is not among.*\.holdfastignore"):
+        pack(job(tmp_path, environment={"requirements": "lock.txt"}))

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, NotFoundError
+from holdfast.runtime.fetch import read_times
 from holdfast.runtime.startup import startup_script
 from holdfast.storage import DirectoryStore
 
@@ -40,8 +47,8 @@ NASTY = [
 
 def seen_by_bash(environment: Mapping[str, str]) -> dict[str, str]:
     """What a program that the script starts finds in its environment; the exports alone are run."""
-    exports = startup_script(environment).removesuffix(files("holdfast.runtime").joinpath("startup.sh").read_text())
-    script = exports + "".join(f'printf "%s\\0" "${name}"\n' for name in environment)
+    before_the_boot, _, _ = startup_script(environment).partition("fetcher() {\ncat <<")
+    script = before_the_boot + "".join(f'printf "%s\\0" "${name}"\n' for name in environment)
     ran = subprocess.run(["bash"], input=script.encode(), capture_output=True, check=True)
     assert ran.stderr == b""
     return dict(zip(environment, ran.stdout.decode().split("\0"), strict=False))
@@ -64,41 +71,104 @@ def test_a_name_that_no_shell_takes_is_refused(name: str) -> None:
         startup_script({name: "value"})
 
 
+# -- what a machine can be given ---------------------------------------------------------------------------------------
+
+USUAL = {
+    "HOLDFAST_STORE": "s3://" + "a" * 63 + "/some/prefix?region=ap-southeast-2&endpoint=https%3A%2F%2Fs3.example.com",
+    "HOLDFAST_RUN": "r" * 60,
+    "HOLDFAST_ATTEMPT": "12",
+    "HOLDFAST_BUNDLE": "s3://"
+    + "a" * 63
+    + "/some/prefix/runs/"
+    + "r" * 60
+    + "/bundles/0123456789abcdef.tar.gz?region=x",
+    "HOLDFAST_BUNDLE_SHA256": "f" * 64,
+    "HOLDFAST_CHECKPOINT": '{"every_steps": null, "every_seconds": 30.0, "max_to_keep": 3}',
+    "HOLDFAST_MAX_RUN_SECONDS": "86400",
+    "HOLDFAST_PYTHON": "/opt/pytorch/bin/python3",
+}
+
+
+def test_user_data_leaves_room_below_what_ec2_takes() -> None:
+    assert len(startup_script(USUAL).encode()) < 12 * 1024
+
+
+def test_more_than_ec2_takes_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"16384.*shorten HOLDFAST_CHECKPOINT"):
+        startup_script({**USUAL, "HOLDFAST_CHECKPOINT": "x" * 6000})
+
+
+@pytest.mark.parametrize("script", ["as it is written", "as it is sent"])
+def test_shellcheck_finds_nothing(script: str) -> None:
+    """A value may hold anything: that nothing in it expands is what the quotes are for."""
+    text = files("holdfast.runtime").joinpath("startup.sh").read_text()
+    if script == "as it is sent":
+        text = startup_script({**USUAL, **{f"HF_{number}": value for number, value in enumerate(NASTY)}})
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    ran = subprocess.run([shellcheck, "--shell=bash", "-"], input=text, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 # -- the boot ---------------------------------------------------------------------------------------------------------
+
+AGENT = """
+import os, sys
+print("agent:", sys.argv[1], "in", os.getcwd(), flush=True)
+"""
 
 
 class Boot:
-    """A start-up script run to its end. Instead of an agent: a program that says how it was started."""
+    """A start-up script run to its end, with an agent that says how it was started (or is `agent`)."""
 
-    def __init__(self, tmp_path: Path, url: str, sha256: str, agent: str = "echo agent: $* in $PWD") -> None:
-        (tmp_path / "python").write_text(f"#!/bin/bash\n{agent}\n")
-        (tmp_path / "python").chmod(0o755)
-        environment = {"HOLDFAST_BUNDLE": url, "HOLDFAST_BUNDLE_SHA256": sha256}
+    def __init__(self, tmp_path: Path, url: str, sha256: str, **changes: str) -> None:
         self.machine = tmp_path / "machine"
         self.machine.mkdir()
+        self.store = DirectoryStore(tmp_path / "reports")
+        environment = {
+            "HOLDFAST_BUNDLE": url,
+            "HOLDFAST_BUNDLE_SHA256": sha256,
+            "HOLDFAST_STORE": self.store.url,
+            "HOLDFAST_RUN": "run",
+            "HOLDFAST_ATTEMPT": "2",
+            **changes,
+        }
+        image = {
+            "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+            "HOLDFAST_POWER_OFF": "echo power off",
+            "HOLDFAST_PYTHON": sys.executable,
+            "HOLDFAST_CONSOLE": str(tmp_path / "console"),
+        }
+        began = time.monotonic()
         ran = subprocess.run(
             ["bash", "-c", startup_script(environment)],
             cwd=self.machine,
-            env={
-                "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
-                "HOLDFAST_POWER_OFF": "echo power off",
-                "HOLDFAST_PYTHON": str(tmp_path / "python"),
-            },
+            env=image,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=60,
         )
+        self.seconds = time.monotonic() - began
         self.console = ran.stdout
         self.last_line = ran.stdout.splitlines()[-1]
 
+    @property
+    def ending(self) -> dict[str, Any] | None:
+        """What it stored of its failure, as the agent would have."""
+        try:
+            return json.loads(self.store.get("runs/run/attempts/0002/end.json"))
+        except NotFoundError:
+            return None
 
-def bundle() -> bytes:
+
+def bundle(agent: str = AGENT) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        info = tarfile.TarInfo("code/train.py")
-        info.size = 5
-        archive.addfile(info, io.BytesIO(b"pass\n"))
+        contents = {"code/train.py": "pass\n", "lib/holdfast/__init__.py": "", "lib/holdfast/runtime/__init__.py": ""}
+        for name, text in {**contents, "lib/holdfast/runtime/__main__.py": agent}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
     return buffer.getvalue()
 
 
@@ -108,38 +178,142 @@ def stored(folder: Path, data: bytes) -> tuple[str, str]:
     return f"{store.url}/runs/a/bundle.tar.gz", hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["store", "my store", "100%", "it's", "a\\nb", "$HOME", "é", "-n", "%41"])
+@pytest.mark.parametrize("name", ["store", "my store", "100%", "it's", "a\\nb", "$HOME", "é", "-n", "%41", "a?b#c"])
 def test_a_machine_fetches_its_bundle_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     boot = Boot(tmp_path, *stored(tmp_path / name, bundle()))
     work = boot.machine / "work"
-    assert f"agent: -m holdfast.runtime {work} in {work}" in boot.console
+    assert f"agent: {work} in {work}" in boot.console
     assert (work / "code" / "train.py").read_text() == "pass\n"
     assert not (work / "bundle.tar.gz").exists()
     assert boot.last_line == "power off"
+    assert boot.ending is None
+
+
+def test_every_phase_of_a_boot_is_timed(tmp_path: Path) -> None:
+    before = time.time()
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()))
+    phases = re.findall(r"^holdfast: boot (\w+) (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) ", boot.console, re.MULTILINE)
+    assert [phase for phase, _ in phases] == ["boot", "fetch", "unpack", "agent"]
+    times = dict(read_times(str(boot.machine / "work" / "boot.times")))
+    assert before <= times["boot-started"] <= times["bundle-fetched"] <= time.time()
 
 
 def test_a_bundle_with_another_checksum_is_never_unpacked(tmp_path: Path) -> None:
     url, _ = stored(tmp_path / "store", bundle())
     boot = Boot(tmp_path, url, "0" * 64)
-    assert "boot failed: the bundle's SHA-256 is" in boot.console and "0" * 64 in boot.console
+    assert "boot failed in phase fetch: the bundle's SHA-256 is" in boot.console and "0" * 64 in boot.console
     assert not (boot.machine / "work" / "code").exists()
     assert "agent:" not in boot.console
     assert boot.last_line == "power off"
 
 
-def test_a_machine_without_its_bundle_powers_itself_off(tmp_path: Path) -> None:
+def test_a_machine_without_its_bundle_says_so_in_the_store_and_powers_itself_off(tmp_path: Path) -> None:
     boot = Boot(tmp_path, f"file://{tmp_path}/nothing", "0" * 64)
     assert "agent:" not in boot.console
     assert boot.last_line == "power off"
+    assert boot.ending
+    assert boot.ending["outcome"] == "program-failed" and boot.ending["exit_status"] is None
+    assert f"boot failed in phase fetch: the bundle file://{tmp_path}/nothing can't be read" in boot.ending["detail"]
+    assert "holdfast: boot boot 2" in boot.ending["log_tail"]
+    assert datetime.fromisoformat(boot.ending["report"]["marks"]["boot-started"]) < datetime.now(UTC)
+
+
+def test_a_failed_boot_never_replaces_an_ending(tmp_path: Path) -> None:
+    DirectoryStore(tmp_path / "reports").put("runs/run/attempts/0002/end.json", b'{"outcome": "finished"}')
+    boot = Boot(tmp_path, f"file://{tmp_path}/nothing", "0" * 64)
+    assert boot.ending == {"outcome": "finished"}
+    assert boot.last_line == "power off"
+
+
+def test_a_boot_s_report_follows_the_cloud_s_clock(tmp_path: Path) -> None:
+    origin = datetime.now(UTC)
+    boot = Boot(tmp_path, f"file://{tmp_path}/nothing", "0" * 64, HOLDFAST_CLOCK=f"{origin.isoformat()} 3600.0")
+    assert boot.ending
+    began = datetime.fromisoformat(boot.ending["report"]["marks"]["boot-started"])
+    assert origin < began <= origin + timedelta(hours=boot.seconds + 1)
+    assert datetime.fromisoformat(boot.ending["at"]) > began + timedelta(seconds=30)  # 8 ms of the wall
 
 
 def test_a_place_that_no_one_can_fetch_from_is_said(tmp_path: Path) -> None:
     boot = Boot(tmp_path, "ftp://example/bundle", "0" * 64)
-    assert "boot failed: no way to fetch ftp://example/bundle" in boot.console
+    assert "boot failed in phase fetch: no way to fetch ftp://example/bundle" in boot.console
+    assert boot.last_line == "power off"
+
+
+def test_a_damaged_archive_is_said_with_the_archiver_s_words(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, *stored(tmp_path / "store", b"no archive at all"))
+    assert "boot failed in phase unpack: " in boot.console
+    assert "gzip" in boot.console
+    assert boot.last_line == "power off"
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), HOLDFAST_PYTHON="/opt/none/bin/python3")
+    assert "boot failed in phase boot: no /opt/none/bin/python3 on this machine" in boot.console
+    assert "environment.python" in boot.console
+    assert boot.last_line == "power off"
+
+
+def test_an_interpreter_that_is_too_old_is_refused_with_its_version(tmp_path: Path) -> None:
+    """The fetcher in an interpreter that calls itself older; what it runs is otherwise this one."""
+    old = tmp_path / "python"
+    old.write_text(
+        f"#!{sys.executable} -ES\nimport runpy, sys\nsys.version_info, sys.version = (3, 8, 10), '3.8.10 (default)'\n"
+        "sys.argv = sys.argv[3:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    old.chmod(0o755)
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), HOLDFAST_PYTHON=str(old))
+    assert "is Python 3.8.10, and Holdfast needs 3.11 or later" in boot.console
+    assert "environment.python" in boot.console and "agent:" not in boot.console
+    assert boot.ending and "3.8.10" in boot.ending["detail"]
+
+
+def test_an_agent_that_can_t_start_is_a_failed_boot(tmp_path: Path) -> None:
+    agent = "open('boot.log', 'a').write('no such store\\n')\nraise ValueError('no such store')"
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle(agent)))
+    assert "ValueError: no such store" in boot.console
+    assert "boot failed in phase agent" in boot.console
+    assert boot.ending and "no such store" in boot.ending["log_tail"]
     assert boot.last_line == "power off"
 
 
 def test_a_machine_powers_itself_off_however_its_agent_ends(tmp_path: Path) -> None:
-    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), agent="echo agent: dying; kill -9 $$")
+    agent = "import os\nprint('agent: dying', flush=True)\nos.kill(os.getpid(), 9)"
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle(agent)))
     assert "agent: dying" in boot.console
+    assert "boot failed" not in boot.console
     assert boot.last_line == "power off"
+
+
+# -- the machine's own dead-man's switch ------------------------------------------------------------------------------
+
+
+def test_a_machine_that_hangs_powers_itself_off_when_its_time_is_over(tmp_path: Path) -> None:
+    agent = (
+        "import os, signal, time\nopen('agent.pid', 'w').write(str(os.getpid()))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('agent: hanging', flush=True))\ntime.sleep(600)"
+    )
+    store = stored(tmp_path / "store", bundle(agent))
+    clock = f"{datetime.now(UTC).isoformat()} 3600.0"
+    boot = Boot(tmp_path, *store, HOLDFAST_MAX_RUN_SECONDS="5400", HOLDFAST_CLOCK=clock)  # 1.5 s of the wall
+    assert "agent: hanging" in boot.console
+    assert "5400 s, the longest that this machine may run, are over" in boot.console
+    assert boot.last_line == "power off"
+    assert boot.seconds < 20
+
+
+def test_the_agent_is_asked_first(tmp_path: Path) -> None:
+    agent = (
+        "import os, signal, sys, time\nopen('agent.pid', 'w').write(str(os.getpid()))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('agent: saved', flush=True)))\ntime.sleep(600)"
+    )
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle(agent)), HOLDFAST_MAX_RUN_SECONDS="1.5")
+    assert "agent: saved" in boot.console
+    assert boot.console.count("power off") == 1
+    assert boot.seconds < 20
+
+
+def test_the_switch_does_not_outlive_the_boot(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), HOLDFAST_MAX_RUN_SECONDS="3000")
+    assert boot.console.count("power off") == 1
+    assert boot.seconds < 20  # its sleep would hold the console open

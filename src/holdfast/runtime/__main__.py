@@ -10,4 +10,10 @@ from holdfast.runtime.agent import Agent
 logging.basicConfig(level=logging.INFO, format="holdfast: agent %(levelname)s %(message)s")
 work = Path(sys.argv[1])
 (work / "agent.pid").write_text(str(os.getpid()))
-Agent(work).run()
+try:
+    agent = Agent(work)
+except Exception as error:
+    with open(work / "boot.log", "a") as boot_log:  # what startup.sh reports: we have no store
+        boot_log.write(f"{error}\n")
+    raise
+agent.run()

@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.clock import Clock, clock_from_environment
 from holdfast.errors import AlreadyExistsError, ConfigError, TransientError
 from holdfast.runtime import contract
+from holdfast.runtime.environment import Image, Surroundings, obstore_for, prepare, provide_obstore
+from holdfast.runtime.fetch import cloud_time, read_times
 from holdfast.runtime.folders import FolderCheckpoints
 from holdfast.runtime.logs import LogShipper
 from holdfast.runtime.metadata import Notice
@@ -34,19 +38,29 @@ SHORTEST_HEARTBEAT_WALL_SECONDS = 0.25
 LEASE_POLL_SECONDS = 10.0
 SHUTDOWN_SECONDS = 25.0
 """An orderly shutdown gives at least so long on every cloud (GCP 30 s, EC2 minutes)."""
+PREPARATION_SECONDS = 1800.0
+"""One step of the environment's preparation, an image of many gigabytes included, takes no longer (wall seconds)."""
 STRENGTH = {"rebalance": 1, "lease": 2, "shutdown": 2, "preemption": 3}
+
+
+class _Interrupted(Exception):
+    """The machine is to go, and the program has not begun."""
 
 
 class Agent:
     def __init__(self, work: Path) -> None:
+        """Raises HoldfastError for a store that can't be opened."""
         environment = os.environ
         self.clock: Clock = clock_from_environment()
         self.config: dict[str, Any] = json.loads((work / "agent.json").read_text())
         self.work = work
         self.run_id, self.attempt = environment[contract.RUN], int(environment[contract.ATTEMPT])
+        self.obstore = provide_obstore(work, environment[contract.STORE], self.config.get("obstore", ""))
         self.store = open_store(environment[contract.STORE])
         self.prefix = contract.attempt_prefix(self.run_id, self.attempt)
         self.telemetry = Telemetry(work / "telemetry.jsonl")
+        self.surroundings: Surroundings = Image(sys.executable)
+        self._steps = 0
         policy = CheckpointPolicy.from_json(environment.get(contract.CHECKPOINT_POLICY, "{}"))
         self.folders = FolderCheckpoints(
             work / "checkpoints", self.store, self.run_id, self.attempt, policy, self.clock
@@ -55,6 +69,9 @@ class Agent:
         self._notice_lock = threading.Lock()
         self._told_program = False
         self.program: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(FileNotFoundError):
+            for kind, wall in read_times(str(work / "boot.times")):
+                self.telemetry.add({"kind": kind, "at": cloud_time(wall)})
         self._mark("agent-started")
 
     def run(self) -> None:
@@ -63,9 +80,14 @@ class Agent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self._watch()
+            self._prepare()
             logs = self._start_program()
             self._accompany(logs)
             self._end(logs)
+        except _Interrupted:
+            self._create_end(
+                {"outcome": "preempted", "exit_status": None, "log_tail": "the environment was not ready yet"}
+            )
         except ConfigError as error:  # another machine would meet the same: no whole checkpoint, a run of another kind
             log.error("the program can't be started: %s", error)
             self._create_end({"outcome": "program-failed", "exit_status": None, "log_tail": str(error)})
@@ -80,14 +102,61 @@ class Agent:
             self.store, self.run_id, self.attempt, self.clock, LEASE_POLL_SECONDS, self.hear, self._power_off
         ).start()
 
+    def _prepare(self) -> None:
+        name = f"holdfast-{self.run_id}-{self.attempt:04d}"
+        self.surroundings = prepare(self.work, self.config, name, self._run_step)
+        self._mark("environment-ready")
+
+    def _run_step(self, command: Sequence[str], why: str) -> None:
+        """One step of the preparation, which may take minutes: the orchestrator hears of it, and a notice ends it."""
+        self._steps += 1
+        print(f"holdfast: boot environment {self.clock.now():%FT%TZ} {shlex.join(command)}", flush=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        assert process.stdout
+        logs = LogShipper(process.stdout, self.store, f"{self.prefix}environment/{self._steps}-")
+        give_up_at, next_beat = time.monotonic() + PREPARATION_SECONDS, 0.0
+        try:
+            while process.poll() is None:
+                notice = self.notice
+                if notice and notice.kind != "rebalance":
+                    self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
+                    raise _Interrupted
+                if time.monotonic() >= give_up_at:
+                    raise ConfigError(f"{why}: it took longer than {PREPARATION_SECONDS:.0f} s\n{logs.tail()}")
+                if time.monotonic() >= next_beat:
+                    self._heartbeat()
+                    logs.ship()
+                    next_beat = time.monotonic() + self._beat_every
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(TICK_SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            logs.finish(seconds=1.0)
+        if process.returncode:
+            raise ConfigError(f"{why}: {command[0]} ended with status {process.returncode}\n{logs.tail()}")
+
+    @property
+    def _beat_every(self) -> float:
+        """Wall seconds between heartbeats."""
+        return max(HEARTBEAT_SECONDS / self.clock.speed, SHORTEST_HEARTBEAT_WALL_SECONDS)
+
     def _start_program(self) -> LogShipper:
-        environment = {**os.environ, **self.config["env"], **self.folders.restore()}
-        environment[contract.TELEMETRY] = str(self.work / "telemetry.jsonl")
-        environment[contract.NOTICE] = str(self.work / "notice.json")
         code = self.work / "code"
-        environment["PYTHONPATH"] = os.pathsep.join([str(code), str(self.work / "lib")])
-        environment["PYTHONUNBUFFERED"] = "1"
-        command = [*([sys.executable] if self.config["python"] else []), *self.config["command"]]
+        libraries = [str(code), str(self.work / "lib")]
+        if obstore := obstore_for(self.surroundings, self.work, self.obstore):
+            libraries.append(obstore)
+        variables = {
+            **self.config["env"],
+            **self.folders.restore(),
+            contract.TELEMETRY: str(self.work / "telemetry.jsonl"),
+            contract.NOTICE: str(self.work / "notice.json"),
+            "PYTHONPATH": os.pathsep.join(libraries),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command, environment = self.surroundings.start(self.config["command"], self.config["python"], variables)
         if self.folders.restored_step is not None:
             self._mark("resumed", step=self.folders.restored_step, checkpoint="folder", load_seconds=0.0)
         try:
@@ -110,7 +179,6 @@ class Agent:
 
     def _accompany(self, logs: LogShipper) -> None:
         assert self.program
-        beat_every = max(HEARTBEAT_SECONDS / self.clock.speed, SHORTEST_HEARTBEAT_WALL_SECONDS)
         next_beat = 0.0
         while self.program.poll() is None:
             news = self.telemetry.read()
@@ -121,7 +189,7 @@ class Agent:
             if news or time.monotonic() >= next_beat:
                 self._heartbeat()
                 logs.ship()
-                next_beat = time.monotonic() + beat_every
+                next_beat = time.monotonic() + self._beat_every
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.program.wait(TICK_SECONDS)
         self._mark("program-ended")
@@ -160,7 +228,7 @@ class Agent:
     def _end(self, logs: LogShipper) -> None:
         assert self.program
         status = self.program.returncode
-        self._signal_program(signal.SIGKILL)  # what it left behind in its group
+        self._kill_program()  # what it left behind in its group
         self.telemetry.read()
         for event in self.folders.finish():
             self.telemetry.add(event)
@@ -177,7 +245,13 @@ class Agent:
                 not self.telemetry.attached
             ):  # it was sent SIGTERM; if it was done all the same, the next one ends at once
                 return "preempted"
-            if status in (contract.EXIT_FINISHED, -signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL):
+            if status in (
+                contract.EXIT_FINISHED,
+                -signal.SIGTERM,
+                128 + signal.SIGTERM,
+                -signal.SIGKILL,
+                128 + signal.SIGKILL,
+            ):
                 return "preempted"
         return "finished" if status == contract.EXIT_FINISHED else "program-failed"
 
@@ -213,6 +287,7 @@ class Agent:
                 os.killpg(self.program.pid, number)
 
     def _kill_program(self) -> None:
+        self.surroundings.kill()
         self._signal_program(signal.SIGKILL)
 
     def _power_off(self) -> None:

@@ -1,26 +1,79 @@
-# The machine's first program. Everything it needs to know is in the environment lines above it.
+# The machine's first program. All it needs to know is in the environment lines above it, and `fetcher` prints fetch.py.
 # It fetches the bundle, checks it, starts the agent, and powers the machine off when the agent ends, however it ends.
-set -eu
-power_off() { ${HOLDFAST_POWER_OFF:-shutdown -h now}; }
-trap power_off EXIT
-trap : TERM   # an orderly shutdown is the agent's to handle; bash waits for it
+set -eu -o pipefail
 
-work="${HOLDFAST_WORK:-$PWD}/work"
+phase=boot python="" problem="" watchdog=""
+work="${HOLDFAST_WORK:-${PWD%/}}/work"
+# cloud-init sets none.
+export HOME="${HOME:-/root}"
+
+# Locally the machine ends with this process.
+power_off() {
+  if [ -n "${HOLDFAST_POWER_OFF:-}" ]; then $HOLDFAST_POWER_OFF; else shutdown -h now || poweroff -f; fi
+}
+note() { echo "$1 ${EPOCHREALTIME:-$(date +%s)}" >> boot.times; }
+begin() { phase="$1"; echo "holdfast: boot $phase $(date -u +%FT%TZ) $2" | tee -a boot.log; }
+finish() {
+  status=$?
+  trap - EXIT
+  if [ "$phase" != over ]; then
+    problem="boot failed in phase $phase: ${problem:-status $status, see the lines before}"
+    echo "holdfast: $problem" | tee -a boot.log
+    if [ -n "$python" ]; then "$python" -I -S fetch.py report "$problem" boot.log boot.times || true; fi
+  fi
+  if [ -n "$watchdog" ]; then kill "$watchdog" || true; fi
+  power_off
+}
+# The machine's own dead-man's switch, for clouds that have none and for a boot that hangs. It asks the agent first.
+watch() {
+  trap 'kill "$sleeper"; exit' TERM
+  sleep "$1" & sleeper=$!; wait "$sleeper"
+  echo "holdfast: $HOLDFAST_MAX_RUN_SECONDS s, the longest that this machine may run, are over"
+  if kill -TERM "$(cat agent.pid)"; then sleep "$2" & sleeper=$!; wait "$sleeper"; fi
+  power_off || true
+  kill -KILL "$(cat agent.pid)" $$
+}
+
 mkdir -p "$work"
 cd "$work"
-echo "holdfast: boot $(date -u +%FT%TZ) fetching $HOLDFAST_BUNDLE"
-case "$HOLDFAST_BUNDLE" in
-  file://*)
-    path="${HOLDFAST_BUNDLE#file://}"
-    cp -- "$(printf '%b' "${path//%/\\x}")" bundle.tar.gz ;;
-  *)
-    echo "holdfast: boot failed: no way to fetch $HOLDFAST_BUNDLE"; exit 1 ;;
-esac
-if command -v sha256sum > /dev/null; then sum=$(sha256sum bundle.tar.gz); else sum=$(shasum -a 256 bundle.tar.gz); fi
-if [ "${sum%% *}" != "$HOLDFAST_BUNDLE_SHA256" ]; then
-  echo "holdfast: boot failed: the bundle's SHA-256 is ${sum%% *}, expected $HOLDFAST_BUNDLE_SHA256"; exit 1
+# What a life before a reboot has left would be taken for this one's.
+rm -f agent.pid boot.log boot.times telemetry.jsonl notice.json
+trap finish EXIT
+# An orderly shutdown is the agent's to handle; bash waits for it.
+trap : TERM
+note boot-started
+begin boot "on $(uname -srm)"
+if [ -n "${HOLDFAST_MAX_RUN_SECONDS:-}" ]; then
+  # The local cloud's clock may run faster than the wall's: "origin speed".
+  clock="${HOLDFAST_CLOCK:-}" speed=1
+  if [ -n "$clock" ]; then speed="${clock##* }"; fi
+  read -r longest grace <<< "$(awk "BEGIN { print $HOLDFAST_MAX_RUN_SECONDS / $speed, 60 / $speed }")"
+  watch "$longest" "$grace" &
+  watchdog=$!
 fi
-tar -xzf bundle.tar.gz
+# The serial console outlives the machine: the last steps are read there.
+if [ -z "${HOLDFAST_CONSOLE:-}" ] && [ -c /dev/console ] && { : > /dev/console; } 2> /dev/null; then
+  export HOLDFAST_CONSOLE=/dev/console
+fi
+for candidate in ${HOLDFAST_PYTHON:+"$HOLDFAST_PYTHON"} \
+  /opt/pytorch/bin/python3 /opt/conda/bin/python3 /opt/python/bin/python3 python3; do
+  if command -v "$candidate" > /dev/null; then python="$candidate"; break; fi
+  if [ "$candidate" = "${HOLDFAST_PYTHON:-}" ]; then break; fi
+done
+if [ -z "$python" ]; then
+  problem="no ${HOLDFAST_PYTHON:-python3} on this machine; name one in environment.python"; exit 1
+fi
+export HOLDFAST_PYTHON="$python"
+
+begin fetch "$HOLDFAST_BUNDLE with $python"
+fetcher > fetch.py
+{ problem=$("$python" -I -S fetch.py fetch "$HOLDFAST_BUNDLE" bundle.tar.gz "$HOLDFAST_BUNDLE_SHA256" 2>&1 >&3); } 3>&1
+note bundle-fetched
+begin unpack "$(wc -c < bundle.tar.gz) B"
+problem=$(tar -xzf bundle.tar.gz 2>&1)
 rm bundle.tar.gz
-echo "holdfast: boot starting the agent"
-PYTHONPATH="$work/lib${PYTHONPATH:+:$PYTHONPATH}" "${HOLDFAST_PYTHON:-python3}" -m holdfast.runtime "$work"
+begin agent "starting"
+PYTHONPATH="$work/lib${PYTHONPATH:+:$PYTHONPATH}" "$python" -m holdfast.runtime "$work" || status=$?
+# 1 is Python's own for what was never caught: the agent itself ends otherwise.
+if [ "${status:-0}" = 1 ]; then problem="the agent did not start"; exit 1; fi
+phase=over

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import gzip
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import os
+import sysconfig
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import holdfast
 from holdfast.errors import AlreadyExistsError, ConfigError
 from holdfast.model import TrainingJob
+from holdfast.runtime.fetch import object_url
 from holdfast.storage import ObjectStore
 
 IGNORE_FILE = ".holdfastignore"
@@ -26,39 +32,78 @@ MAX_CODE_BYTES = 256 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Bundle:
     url: str
+    """With the query of the store's URL: region and endpoint are the machine's to know."""
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Vendored:
+    """A package that a machine may lack, ready to be the beginning of any bundle."""
+
+    version: str
+    member: bytes
+    """gzip of tar entries without the archive's end: whatever is appended makes one archive of both (RFC 1952, 2.2)."""
 
 
 def upload_bundle(job: TrainingJob, store: ObjectStore, run_id: str) -> Bundle:
     """Pack and store the bundle of a run; the same content has the same name. Raises ConfigError, TransientError."""
-    data = pack(job)
+    needs_obstore = urlsplit(store.url).scheme != "file"
+    data = pack(job, obstore() if needs_obstore else None)
     sha256 = hashlib.sha256(data).hexdigest()
     key = f"runs/{run_id}/bundles/{sha256[:16]}.tar.gz"
     try:
         store.create(key, data)
     except AlreadyExistsError:
         pass
-    return Bundle(f"{store.url.rstrip('/')}/{key}", sha256)
+    return Bundle(object_url(store.url, key), sha256)
 
 
-def pack(job: TrainingJob) -> bytes:
-    """A reproducible tar.gz with code/, lib/holdfast/ and agent.json."""
+@functools.cache
+def obstore() -> Vendored:
+    """This computer's obstore, below vendor/<its platform>/: 16 MB, so compressed once per process. Raises ConfigError."""
+    spec = importlib.util.find_spec("obstore")
+    if spec is None or spec.origin is None:
+        raise ConfigError("a store in a cloud needs the package obstore; install holdfast[aws] or holdfast[gcp]")
+    folder = Path(spec.origin).parent
+    entries = io.BytesIO()
+    with tarfile.open(fileobj=entries, mode="w") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".so"):
+                name = f"vendor/{sysconfig.get_platform()}/obstore/{path.relative_to(folder).as_posix()}"
+                _add(archive, name, path.read_bytes(), 0o644)
+        end = archive.offset
+    member = gzip.compress(entries.getvalue()[:end], compresslevel=6, mtime=0)
+    return Vendored(importlib.metadata.version("obstore"), member)
+
+
+def pack(job: TrainingJob, vendored: Vendored | None = None) -> bytes:
+    """A reproducible tar.gz with code/, lib/holdfast/, agent.json and what is `vendored`. Raises ConfigError."""
     buffer = io.BytesIO()
+    if vendored:
+        buffer.write(vendored.member)
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as compressed,
         tarfile.open(fileobj=compressed, mode="w") as archive,
     ):
+        lock_file = job.environment.requirements and os.path.normpath(job.environment.requirements)
+        packed = set()
         for path, name in _code_files(Path(job.code)):
+            packed.add(name)
             _add(archive, f"code/{name}", path.read_bytes(), path.stat().st_mode & 0o755)
+        if lock_file and lock_file not in packed:
+            raise ConfigError(
+                f"environment.requirements: {job.environment.requirements!r} is not among the files of {job.code!r} that are "
+                f"sent; correct the name, or what {IGNORE_FILE} says of it"
+            )
         package = Path(holdfast.__file__).parent
         for path in sorted(package.rglob("*")):
             if path.suffix in (".py", ".sh"):
                 _add(archive, f"lib/holdfast/{path.relative_to(package).as_posix()}", path.read_bytes(), 0o644)
-        _add(archive, "agent.json", json.dumps(_agent_orders(job)).encode(), 0o644)
+        _add(archive, "agent.json", json.dumps(_agent_orders(job, vendored)).encode(), 0o644)
     return buffer.getvalue()
 
 
-def _agent_orders(job: TrainingJob) -> dict[str, object]:
+def _agent_orders(job: TrainingJob, vendored: Vendored | None) -> dict[str, object]:
     if job.script:
         command = [job.script]
     elif job.module:
@@ -70,6 +115,9 @@ def _agent_orders(job: TrainingJob) -> dict[str, object]:
         "command": [*command, *job.args],
         "env": job.env,
         "notice_poll_seconds": job.notice_poll_seconds,
+        "requirements": job.environment.requirements,
+        "container": job.environment.container,
+        "obstore": vendored.version if vendored else "",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -145,8 +145,28 @@ class Fallback(Strict):
     )
 
 
-class TrainingJob(Strict):
-    """A program to be trained to its end, however often its machine is taken away."""
+ProgramFailures = Annotated[
+    int,
+    Field(ge=0, title="Retries of a failing program", description="How often a program that fails is started again."),
+]
+RunHours = Annotated[
+    PositiveSeconds,
+    Field(title="Hours at most", description="Machine hours the run may use in all; sets the worst-case cost."),
+]
+LeaseSeconds = Annotated[
+    PositiveSeconds,
+    Field(title="Lease (seconds)", description="A machine ends itself when nobody has supervised it for so long."),
+]
+NoticePollSeconds = Annotated[
+    PositiveSeconds,
+    Field(title="Notice poll (seconds)", description="How often the machine looks for an interruption notice."),
+]
+
+
+class Job(Strict):
+    """A program and the machines it needs: what every kind of job says first. Each kind declares the limits after its
+    own fields, so that they come last in forms and messages.
+    """
 
     name: str = Field(
         title="Name", description="Letters, digits and dashes; names the runs.", pattern=r"^[a-z0-9][a-z0-9-]{0,40}$"
@@ -163,27 +183,9 @@ class TrainingJob(Strict):
     )
     resources: Resources = Field(Resources(), title="Resources")
     environment: Environment = Field(Environment(), title="Environment")
-    checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
-    fallback: Fallback = Field(Fallback(), title="Fallback to on-demand")
-    provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = Field(
-        "spot-then-on-demand", title="Provisioning", description="Which provisioning models may be used."
-    )
-    max_attempts: int = Field(50, ge=1, title="Attempts at most", description="Machines asked for, refusals included.")
-    max_program_failures: int = Field(
-        0, ge=0, title="Retries of a failing program", description="How often a program that fails is started again."
-    )
-    max_run_hours: PositiveSeconds = Field(
-        24.0, title="Hours at most", description="Machine hours the run may use in all; sets the worst-case cost."
-    )
-    lease_seconds: PositiveSeconds = Field(
-        900.0, title="Lease (seconds)", description="A machine ends itself when nobody has supervised it for so long."
-    )
-    notice_poll_seconds: PositiveSeconds = Field(
-        5.0, title="Notice poll (seconds)", description="How often the machine looks for an interruption notice."
-    )
 
     @model_validator(mode="after")
-    def _one_program(self) -> TrainingJob:
+    def _one_program(self) -> Self:
         named = [name for name in ("script", "module", "command") if getattr(self, name)]
         if len(named) != 1:
             raise ValueError(
@@ -192,6 +194,25 @@ class TrainingJob(Strict):
         reserved = sorted(key for key in self.env if key.startswith("HOLDFAST_"))
         if reserved:
             raise ValueError(f"env.{reserved[0]}: names that begin with HOLDFAST_ are ours; choose another")
+        return self
+
+
+class TrainingJob(Job):
+    """A program to be trained to its end, however often its machine is taken away."""
+
+    checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
+    fallback: Fallback = Field(Fallback(), title="Fallback to on-demand")
+    provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = Field(
+        "spot-then-on-demand", title="Provisioning", description="Which provisioning models may be used."
+    )
+    max_attempts: int = Field(50, ge=1, title="Attempts at most", description="Machines asked for, refusals included.")
+    max_program_failures: ProgramFailures = 0
+    max_run_hours: RunHours = 24.0
+    lease_seconds: LeaseSeconds = 900.0
+    notice_poll_seconds: NoticePollSeconds = 5.0
+
+    @model_validator(mode="after")
+    def _no_way_back_to_spot_without_it(self) -> TrainingJob:
         if self.provisioning == "on-demand" and self.fallback.return_to_spot_after_seconds:
             raise ValueError(
                 "fallback.return_to_spot_after_seconds contradicts provisioning 'on-demand'; drop one of the two"
@@ -199,8 +220,55 @@ class TrainingJob(Strict):
         return self
 
 
+class FleetJob(Job):
+    """A program that many machines run at once, a share of them spot."""
+
+    machines: int = Field(ge=1, le=1000, title="Machines", description="That run the program at the same time.")
+    spot_share: float = Field(
+        1.0, ge=0, le=1, title="Spot share", description="0.8: of ten machines, eight are spot and two on-demand."
+    )
+    kind: Literal["instant", "maintained"] = Field(
+        "instant",
+        title="Kind",
+        description="instant: every machine runs the program to its end, and what is taken is replaced. maintained: the "
+        "cloud keeps the number up until the run is cancelled or its max_run_hours are used up.",
+    )
+    max_replacements: int = Field(
+        1000,
+        ge=0,
+        title="Replacements at most",
+        description="Machines launched in place of others; a refusal counts as one. Of a maintained fleet the cloud "
+        "replaces as many as it must.",
+    )
+    max_program_failures: ProgramFailures = 0
+    max_run_hours: RunHours = 24.0
+    lease_seconds: LeaseSeconds = 900.0
+    notice_poll_seconds: NoticePollSeconds = 5.0
+
+    @model_validator(mode="after")
+    def _a_maintained_fleet_says_for_how_long(self) -> FleetJob:
+        if self.kind == "maintained" and "max_run_hours" not in self.model_fields_set:
+            raise ValueError(
+                "kind is 'maintained', which ends when max_run_hours are used up, and none are given; say how many "
+                "machine hours the fleet may use"
+            )
+        return self
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
 def load_job(path: Path | str) -> TrainingJob:
     """The job in a YAML file; its `code` is taken relative to the file. Raises ConfigError with field and remedy."""
+    return _load(path, TrainingJob)
+
+
+def load_fleet_job(path: Path | str) -> FleetJob:
+    """The same for a fleet."""
+    return _load(path, FleetJob)
+
+
+def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text())
@@ -210,11 +278,25 @@ def load_job(path: Path | str) -> TrainingJob:
         raise ConfigError(f"job file {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"job file {path}: expected keys and values (name: ..., script: ...), found {data!r}")
+    if (holds := _kind_in(data)) is not kind:
+        has = "one of" if holds is FleetJob else "none of"
+        raise ConfigError(
+            f"job file {path}: it has {has} {', '.join(ONLY_OF_A_FLEET)}, so it is a {holds.__name__}, for "
+            f"python -m flows {COMMANDS[holds.__name__]}; use that, or write a {kind.__name__}"
+        )
     try:
-        job = TrainingJob.model_validate(data)
+        job = kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"job file {path}: {validation_message(error)}") from error
     return job.model_copy(update={"code": str((path.parent / job.code).resolve())})
+
+
+ONLY_OF_A_FLEET = ("machines", "spot_share", "kind")
+COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet"}
+
+
+def _kind_in(data: dict[str, Any]) -> type[Job]:
+    return FleetJob if any(key in data for key in ONLY_OF_A_FLEET) else TrainingJob
 
 
 def validation_message(error: ValidationError) -> str:

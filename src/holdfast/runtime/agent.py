@@ -25,7 +25,7 @@ from holdfast.runtime.environment import Image, Surroundings, obstore_for, prepa
 from holdfast.runtime.fetch import cloud_time, read_times
 from holdfast.runtime.folders import FolderCheckpoints
 from holdfast.runtime.logs import LogShipper
-from holdfast.runtime.metadata import Notice
+from holdfast.runtime.metadata import Notice, own_machine_id
 from holdfast.runtime.telemetry import Telemetry
 from holdfast.runtime.watchers import LeaseWatcher, NoticeWatcher
 from holdfast.storage import open_store
@@ -58,12 +58,24 @@ class Agent:
         self.obstore = provide_obstore(work, environment[contract.STORE], self.config.get("obstore", ""))
         self.store = open_store(environment[contract.STORE])
         self.prefix = contract.attempt_prefix(self.run_id, self.attempt)
+        self.end_key = self.prefix + "end.json"
+        self.of_member: dict[str, str] = {}
+        if self.attempt == contract.FLEET_ATTEMPT:
+            member = own_machine_id(self.clock)
+            self.prefix = contract.member_prefix(self.run_id, member)
+            self.end_key = contract.member_end_key(self.run_id, member)
+            self.of_member = {contract.MEMBER: member, contract.RUN: contract.member_run(self.run_id, member)}
         self.telemetry = Telemetry(work / "telemetry.jsonl")
         self.surroundings: Surroundings = Image(sys.executable)
         self._steps = 0
         policy = CheckpointPolicy.from_json(environment.get(contract.CHECKPOINT_POLICY, "{}"))
         self.folders = FolderCheckpoints(
-            work / "checkpoints", self.store, self.run_id, self.attempt, policy, self.clock
+            work / "checkpoints",
+            self.store,
+            self.of_member.get(contract.RUN, self.run_id),
+            self.attempt,
+            policy,
+            self.clock,
         )
         self.notice: Notice | None = None
         self._notice_lock = threading.Lock()
@@ -151,6 +163,7 @@ class Agent:
         variables = {
             **self.config["env"],
             **self.folders.restore(),
+            **self.of_member,
             contract.TELEMETRY: str(self.work / "telemetry.jsonl"),
             contract.NOTICE: str(self.work / "notice.json"),
             "PYTHONPATH": os.pathsep.join(libraries),
@@ -259,7 +272,7 @@ class Agent:
         ending = {**ending, "at": self.clock.now().isoformat(), "report": self._report()}
         for pause in (0.1, 0.5, 2.0, 5.0, None):
             try:
-                self.store.create(self.prefix + "end.json", json.dumps(ending).encode())
+                self.store.create(self.end_key, json.dumps(ending).encode())
                 return
             except AlreadyExistsError:
                 return

@@ -8,7 +8,7 @@ from typing import Literal
 # Environment of the machine, set at launch, inherited by the agent and the program.
 STORE = "HOLDFAST_STORE"  # URL of the object store
 RUN = "HOLDFAST_RUN"  # run id
-ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits
+ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits; 0: the machine is a fleet's
 BUNDLE = "HOLDFAST_BUNDLE"  # URL of the bundle
 BUNDLE_SHA256 = "HOLDFAST_BUNDLE_SHA256"
 CONSOLE = "HOLDFAST_CONSOLE"  # file or device that outlives the machine; one line per trained step goes there
@@ -16,10 +16,14 @@ CONSOLE = "HOLDFAST_CONSOLE"  # file or device that outlives the machine; one li
 # Added by the agent for the program.
 TELEMETRY = "HOLDFAST_TELEMETRY"  # JSON lines, written by the program, read by the agent
 NOTICE = "HOLDFAST_NOTICE"  # JSON file that appears when the machine is to be taken away
+MEMBER = "HOLDFAST_MEMBER"  # in a fleet: the machine's own id
 CHECKPOINT_POLICY = "HOLDFAST_CHECKPOINT"  # JSON of `CheckpointPolicy`
 CHECKPOINT_DIRECTORY = "HOLDFAST_CHECKPOINT_DIRECTORY"  # for programs that checkpoint by writing folders
 RESUME_DIRECTORY = "HOLDFAST_RESUME_DIRECTORY"  # the restored folder, unset when there is none
 RESUME_STEP = "HOLDFAST_RESUME_STEP"
+
+FLEET_ATTEMPT = 0
+"""All machines of a fleet are given the same words, so that no attempt's number tells them apart."""
 
 EXIT_FINISHED = 0
 EXIT_PREEMPTED_COMMITTED = 83
@@ -40,6 +44,24 @@ def store_tag(url: str) -> str:
 
 def attempt_prefix(run_id: str, attempt: int) -> str:
     return f"runs/{run_id}/attempts/{attempt:04d}/"
+
+
+def member_run(run_id: str, member: str) -> str:
+    """What takes the place of the run's id in the keys of one member of a fleet: its checkpoints are its own."""
+    return f"{run_id}/members/{member}"
+
+
+def member_prefix(run_id: str, member: str) -> str:
+    return f"runs/{member_run(run_id, member)}/"
+
+
+def member_ends_prefix(run_id: str) -> str:
+    """Ends have a prefix of their own: one list tells who has ended, and no log is in the way."""
+    return f"runs/{run_id}/member-ends/"
+
+
+def member_end_key(run_id: str, member: str) -> str:
+    return f"{member_ends_prefix(run_id)}{member}.json"
 
 
 def checkpoint_prefix(run_id: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from holdfast.clock import Clock
+from holdfast.errors import TransientError
 from holdfast.runtime.contract import NoticeKind
 
 AWS_ENDPOINT = "http://169.254.169.254"
@@ -40,6 +42,9 @@ class MetadataService(Protocol):
 
     def answers(self) -> bool: ...
 
+    def machine_id(self) -> str:
+        """The id by which the cloud's API knows this machine. Raises as `notice` does."""
+
     def notice(self) -> Notice | None:
         """What is announced now. Raises OSError or http.client.HTTPException when the service can't be asked."""
 
@@ -58,6 +63,9 @@ class AwsMetadata:
         except (OSError, http.client.HTTPException):
             return False
         return True
+
+    def machine_id(self) -> str:
+        return _known(self._get("latest/meta-data/instance-id"), "instance-id")
 
     def notice(self) -> Notice | None:
         if action := self._get("latest/meta-data/spot/instance-action"):
@@ -104,6 +112,11 @@ class GcpMetadata:
         except (OSError, http.client.HTTPException):
             return False
 
+    def machine_id(self) -> str:
+        path = "computeMetadata/v1/instance/name"
+        status, body, _ = _request(self._endpoint, "GET", path, {"Metadata-Flavor": "Google"})
+        return _known(body.strip() if status == 200 else None, path)
+
     def notice(self) -> Notice | None:
         if self._preempted() != "TRUE":
             return None
@@ -138,6 +151,26 @@ def candidate_services(clock: Clock) -> Iterator[MetadataService]:
         yield AwsMetadata(clock, aws or AWS_ENDPOINT)
     if gcp or not aws:
         yield GcpMetadata(clock, gcp or GCP_HOST)
+
+
+def own_machine_id(clock: Clock, patience_seconds: float = 60.0) -> str:
+    """This machine's id, of whichever service answers. Raises TransientError when none does for so long (wall)."""
+    give_up_at = time.monotonic() + patience_seconds
+    while True:
+        for service in candidate_services(clock):
+            try:
+                return service.machine_id()
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+        if time.monotonic() > give_up_at:
+            raise TransientError(f"no metadata service tells this machine's id: {problem!r}") from problem
+        time.sleep(1.0)
+
+
+def _known(value: str | None, path: str) -> str:
+    if not value:
+        raise http.client.HTTPException(f"the metadata service has no {path}")
+    return value
 
 
 def _request(

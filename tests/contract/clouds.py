@@ -45,3 +45,23 @@ def local_cloud(folder: Path, spot_fates: Sequence[Fate], on_demand_fates: Seque
 
 
 CLOUDS: dict[str, Open] = {"local": local_cloud}
+
+
+@contextmanager
+def aws_cloud(folder: Path, spot_fates: Sequence[Fate], on_demand_fates: Sequence[Fate]) -> Iterator[Cloud]:
+    # Here, not above: the tests of other clouds need no moto.
+    from tests.emulated.aws import AwsEmulator
+
+    def pool(zone: str, model: str) -> CapacityPool:
+        return CapacityPool("aws", "us-east-1", zone, "c7i.large", model)  # type: ignore[arg-type]
+
+    with AwsEmulator(folder / "aws", spot_fates=spot_fates, on_demand_fates=on_demand_fates) as aws:
+        yield Cloud(
+            driver=aws.driver,
+            spot=pool("us-east-1a", "spot"),
+            on_demand=pool("us-east-1a", "on-demand"),
+            other_zone=pool("us-east-1b", "spot"),
+        )
+
+
+CLOUDS["aws"] = aws_cloud

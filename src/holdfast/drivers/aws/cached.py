@@ -1,0 +1,33 @@
+"""A value that is asked for again when it has aged; any number of threads share one asking."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Cached(Generic[K, V]):
+    """What `ask` answered for a key, for `seconds`. An error is raised and never kept."""
+
+    def __init__(self, ask: Callable[[K], V], seconds: float) -> None:
+        self._ask = ask
+        self._seconds = seconds
+        self._locks: dict[K, threading.Lock] = {}
+        self._answers: dict[K, tuple[float, V]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: K) -> V:
+        with self._lock:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:  # of this key alone: who asks for another region does not wait for this one
+            kept = self._answers.get(key)
+            if kept and time.monotonic() - kept[0] < self._seconds:
+                return kept[1]
+            answer = self._ask(key)
+            self._answers[key] = (time.monotonic(), answer)
+            return answer

@@ -65,3 +65,23 @@ def aws_cloud(folder: Path, spot_fates: Sequence[Fate], on_demand_fates: Sequenc
 
 
 CLOUDS["aws"] = aws_cloud
+
+
+@contextmanager
+def gcp_cloud(folder: Path, spot_fates: Sequence[Fate], on_demand_fates: Sequence[Fate]) -> Iterator[Cloud]:
+    # Here, not above: the tests of other clouds need no client of Google's.
+    from tests.emulated.gce import GceEmulator
+
+    def pool(zone: str, model: str) -> CapacityPool:
+        return CapacityPool("gcp", "us-central1", zone, "n2-standard-2", model)  # type: ignore[arg-type]
+
+    with GceEmulator(folder / "gce", spot_fates=spot_fates, on_demand_fates=on_demand_fates) as gce:
+        yield Cloud(
+            driver=gce.driver,
+            spot=pool("us-central1-a", "spot"),
+            on_demand=pool("us-central1-a", "on-demand"),
+            other_zone=pool("us-central1-b", "spot"),
+        )
+
+
+CLOUDS["gcp"] = gcp_cloud

@@ -131,8 +131,8 @@ def ask_store(method: str, url: str, sink: Any = None, body: bytes = b"") -> Non
 
 def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body: bytes) -> tuple[str, str, dict]:
     """Role, address and headers, signed: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
-    role, credentials, region = aws_identity(options.get("region", ""))
-    path = "/" + quote(key, safe="/-_.~")
+    role, credentials = aws_identity()
+    region, path = options.get("region", "us-east-1"), "/" + quote(key, safe="/-_.~")
     if options.get("endpoint"):
         base, path = options["endpoint"].rstrip("/"), f"/{bucket}{path}"
     else:
@@ -141,6 +141,7 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
             base, path = f"https://{domain}", f"/{bucket}{path}"
         else:
             base = f"https://{bucket}.{domain}"
+    address, path = base + path, urlsplit(base).path + path
     now, payload = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), hashlib.sha256(body).hexdigest()
     headers = {
         "host": urlsplit(base).netloc,
@@ -160,7 +161,7 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
     )
     if method == "PUT":
         headers["if-none-match"] = "*"
-    return role, base + path, headers
+    return role, address, headers
 
 
 def gs_request(method: str, bucket: str, key: str, options: dict[str, str]) -> tuple[str, str, dict]:
@@ -178,8 +179,8 @@ def gs_request(method: str, bucket: str, key: str, options: dict[str, str]) -> t
     return metadata("GET", account + "email", flavour, hint), address, headers
 
 
-def aws_identity(region: str) -> tuple[str, dict[str, str], str]:
-    """Role, its credentials and the region, by IMDSv2.
+def aws_identity() -> tuple[str, dict[str, str]]:
+    """Role and its credentials, by IMDSv2.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
     """
@@ -192,8 +193,7 @@ def aws_identity(region: str) -> tuple[str, dict[str, str], str]:
         "the machine has no role; give the account an instance_profile",
     )
     role = metadata("GET", path, token, hint).split()[0]
-    credentials = json.loads(metadata("GET", path + role, token, hint))
-    return role, credentials, region or metadata("GET", base + "meta-data/placement/region", token, hint)
+    return role, json.loads(metadata("GET", path + role, token, hint))
 
 
 def metadata(method: str, address: str, headers: dict[str, str], hint: str) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import boto3
+import botocore.loaders
+import botocore.session
 from moto.core.base_backend import BackendDict
 from moto.ec2.models import ec2_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -35,6 +37,8 @@ PROFILE = "holdfast-machine"
 ACCESS_KEY = "AKIAEMULATEDHOLDFAST"
 SECRET_KEY = "planted/secret+of/the-emulated-account"
 SESSION_TOKEN = "planted-session-token-of-the-emulated-account"
+LOADER = botocore.loaders.create_loader()
+"""Shared: reading EC2's model again for every session would take longer than most tests."""
 ROLE_POLICY = '{"Version": "2012-10-17", "Statement": []}'
 
 
@@ -96,7 +100,10 @@ class AwsEmulator:
     # -- how it is used -----------------------------------------------------------------------------------------------
 
     def session(self) -> boto3.Session:
+        core = botocore.session.get_session()
+        core.register_component("data_loader", LOADER)
         return boto3.Session(
+            botocore_session=core,
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
             aws_session_token=SESSION_TOKEN,

@@ -151,6 +151,10 @@ class Front:
                 return _json({"Parameter": {"Name": form["Name"], "Type": "String", "Value": self.image_ids[region]}})
             case "GetConsoleOutput":
                 return self._console(form["InstanceId"])
+            case "DeleteLaunchTemplate" if name := form.get("LaunchTemplateName"):
+                if name not in ec2_backends[ACCOUNT][region].launch_template_name_to_ids:
+                    words = f"At least one of the launch templates specified in the request does not exist: {name}"
+                    return error(service, "InvalidLaunchTemplateName.NotFoundException", words, 400)
         return None
 
     def _console(self, machine_id: str) -> Answer:

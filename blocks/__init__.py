@@ -4,8 +4,18 @@
 meaning (`local`) needs no block at all.
 """
 
-from blocks.accounts import LocalAccount, load_account
+from blocks.accounts import AwsAccount, GcpAccount, LocalAccount, load_account, load_driver
 from blocks.budget import SpendingBudget, load_budget
 from blocks.store import CheckpointStore, load_store
 
-__all__ = ["CheckpointStore", "LocalAccount", "SpendingBudget", "load_account", "load_budget", "load_store"]
+__all__ = [
+    "AwsAccount",
+    "CheckpointStore",
+    "GcpAccount",
+    "LocalAccount",
+    "SpendingBudget",
+    "load_account",
+    "load_budget",
+    "load_driver",
+    "load_store",
+]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from prefect.blocks.core import Block
+from prefect_aws import AwsCredentials
+from prefect_gcp import GcpCredentials
 from pydantic import Field
 
+from blocks.credentials import aws_session
 from blocks.loading import load_saved
+from holdfast.drivers.aws.config import AwsConfig
+from holdfast.drivers.gcp.config import GcpConfig
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
 from holdfast.drivers.local.config import Market, SeededMarket
 from holdfast.drivers.protocol import Driver
+from holdfast.drivers.several import SeveralDrivers
+from holdfast.supervision.doctor import to_text
 
 DEFAULT_ROOT = Path(".holdfast/clouds/local")
 
@@ -35,7 +43,68 @@ class LocalAccount(Block):
             LocalCloudConfig(root=self.root.absolute(), clock_speed=self.clock_speed, market=self.market)
         )
 
+    def check(self) -> str:
+        """One screen: what works."""
+        return to_text(self.driver().examine())
 
-def load_account(name: str) -> LocalAccount:
+
+class AwsAccount(Block):
+    """EC2 machines, spot and on demand. The credentials are the orchestrator's; machines have a role of their own."""
+
+    _block_type_name: ClassVar[str] = "AWS Account"
+    _block_type_slug: ClassVar[str] = "aws-account"
+
+    credentials: AwsCredentials = Field(default_factory=AwsCredentials, title="Credentials")
+    settings: AwsConfig = Field(title="Settings", description="Regions, types, image, role, volume.")
+
+    def driver(self) -> Driver:
+        """Raises ConfigError when the settings contradict each other."""
+        from holdfast.drivers.aws.driver import AwsDriver  # late: boto3's clients are for those who use them
+
+        client = self.credentials.aws_client_parameters.get_params_override()
+        settings = self.settings.model_copy(update={"client_parameters": {**self.settings.client_parameters, **client}})
+        return AwsDriver(settings, aws_session(self.credentials, self._reloader()))
+
+    def _reloader(self) -> Callable[[], AwsCredentials] | None:
+        name = self._block_document_name
+        return (lambda: AwsAccount.load(name).credentials) if name else None
+
+    def check(self) -> str:
+        """One screen: what works, and which permission, quota or image is missing."""
+        return to_text(self.driver().examine())
+
+
+class GcpAccount(Block):
+    """Compute Engine machines, spot and standard. The credentials are the orchestrator's; machines have a service
+    account of their own."""
+
+    _block_type_name: ClassVar[str] = "GCP Account"
+    _block_type_slug: ClassVar[str] = "gcp-account"
+
+    credentials: GcpCredentials = Field(title="Credentials")
+    settings: GcpConfig = Field(title="Settings", description="Project, regions, types, image, service account.")
+
+    def driver(self) -> Driver:
+        """Raises ConfigError when the settings contradict each other."""
+        from holdfast.drivers.gcp.driver import GcpDriver
+
+        return GcpDriver(self.settings, self.credentials.get_credentials_from_service_account())
+
+    def check(self) -> str:
+        """One screen: what works, and which permission, quota or image is missing."""
+        return to_text(self.driver().examine())
+
+
+Account = LocalAccount | AwsAccount | GcpAccount
+
+
+def load_account(name: str) -> Account:
     """The saved account block of that name; `local` works unsaved. Raises ConfigError."""
-    return load_saved(name, "account", [LocalAccount], {"local": LocalAccount})
+    return load_saved(name, "account", [LocalAccount, AwsAccount, GcpAccount], {"local": LocalAccount})
+
+
+def load_driver(accounts: str | Sequence[str]) -> Driver:
+    """The cloud of one account, or of several as one. Raises ConfigError."""
+    names = [accounts] if isinstance(accounts, str) else list(accounts)
+    drivers = [load_account(name).driver() for name in names]
+    return drivers[0] if len(drivers) == 1 else SeveralDrivers(drivers)

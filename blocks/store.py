@@ -4,30 +4,70 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlencode
 
 from prefect.blocks.core import Block
-from pydantic import Field
+from prefect_aws import S3Bucket
+from prefect_gcp.cloud_storage import GcsBucket
+from pydantic import Field, model_validator
 
+from blocks.credentials import aws_session
 from blocks.loading import load_saved
 from holdfast.storage import ObjectStore, open_store
+from holdfast.supervision.doctor import examine_store, to_text
 
 DEFAULT_URL = ".holdfast"
 
 
 class CheckpointStore(Block):
-    """A folder with the semantics of an object store."""
+    """An S3 bucket, a GCS bucket, or a folder with the semantics of an object store."""
 
     _block_type_name: ClassVar[str] = "Checkpoint Store"
     _block_type_slug: ClassVar[str] = "checkpoint-store"
 
     url: str = Field(
-        DEFAULT_URL, title="Folder", description="A folder, or a file:// URL. Every machine must reach it."
+        "",
+        title="Folder or URL",
+        description="A folder, or file://, s3://bucket/prefix, gs://bucket/prefix. A bucket named so is reached with the "
+        f"credentials that this computer has. Empty, and no bucket below: the folder {DEFAULT_URL}.",
     )
+    s3_bucket: S3Bucket | None = Field(None, title="S3 bucket")
+    gcs_bucket: GcsBucket | None = Field(None, title="GCS bucket")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> CheckpointStore:
+        named = [name for name in ("url", "s3_bucket", "gcs_bucket") if getattr(self, name)]
+        if len(named) > 1:
+            raise ValueError(f"a store is one place; this one names {' and '.join(named)}: drop all but one")
+        return self
 
     def store(self) -> ObjectStore:
-        return open_store(self.url if "://" in self.url else str(Path(self.url).absolute()))
+        """The object store. Raises ConfigError when it can't be one."""
+        if self.s3_bucket:
+            bucket = self.s3_bucket
+            client = bucket.credentials.aws_client_parameters
+            query = {"region": bucket.credentials.region_name, "endpoint": client.endpoint_url}
+            return open_store(
+                _url("s3", bucket.bucket_name, bucket.bucket_folder, query), aws_session(bucket.credentials)
+            )
+        if self.gcs_bucket:
+            gcs = self.gcs_bucket
+            credentials = gcs.gcp_credentials.get_credentials_from_service_account()
+            return open_store(_url("gs", gcs.bucket, gcs.bucket_folder, {}), credentials=credentials)
+        url = self.url or DEFAULT_URL
+        return open_store(url if "://" in url else str(Path(url).absolute()))
+
+    def check(self) -> str:
+        """One screen: every right that a run needs of its store, and whether it is there."""
+        return to_text(examine_store(self.store()))
 
 
 def load_store(name: str) -> CheckpointStore:
     """The saved store block of that name; `local` works unsaved. Raises ConfigError."""
     return load_saved(name, "store", [CheckpointStore], {"local": CheckpointStore})
+
+
+def _url(scheme: str, bucket: str, folder: str, query: dict[str, str | None]) -> str:
+    place = "/".join(part for part in (bucket, folder.strip("/")) if part)
+    given = urlencode({name: value for name, value in query.items() if value})
+    return f"{scheme}://{place}" + (f"?{given}" if given else "")

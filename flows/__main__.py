@@ -43,7 +43,7 @@ def train_command(options: argparse.Namespace) -> int:
 
         summary = train(
             job,
-            account=options.account,
+            account=accounts_of(options),
             store=options.store,
             budget=options.budget,
             run_id=options.run_id,
@@ -83,8 +83,28 @@ def reap_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from flows.reap_orphans import reap_orphans
 
-        print(f"{reap_orphans(options.account, options.store)} orphaned machines terminated")
+        reaped = sum(reap_orphans(account, options.store) for account in accounts_of(options))
+        print(f"{reaped} orphaned machines terminated")
     return 0
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    job = load_job(options.job) if options.job else None
+    with prefect_server():
+        from blocks import load_driver, load_store
+        from holdfast.supervision.doctor import examine_job, examine_store, to_text
+
+        findings = list(examine_store(load_store(options.store).store()))
+        for account in accounts_of(options):
+            driver = load_driver(account)
+            findings += driver.examine()
+            findings += examine_job(job, driver) if job else []
+        print(to_text(findings))
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def accounts_of(options: argparse.Namespace) -> list[str]:
+    return options.account or ["local"]
 
 
 def ui_command(options: argparse.Namespace) -> int:
@@ -128,8 +148,15 @@ def _parser() -> argparse.ArgumentParser:
 
     reap = commands.add_parser("reap", help="terminate machines that no live run owns")
     reap.set_defaults(command=reap_command)
-    for command in (train, reap):
-        command.add_argument("--account", default="local", help="name of an account block (default: the local cloud)")
+    doctor = commands.add_parser("doctor", help="what works, what is missing, what an hour costs; launches nothing")
+    doctor.add_argument("job", type=Path, nargs="?", help="YAML file of a TrainingJob, to see its pools and its cost")
+    doctor.set_defaults(command=doctor_command)
+    for command in (train, reap, doctor):
+        command.add_argument(
+            "--account",
+            action="append",
+            help="name of an account block (default: the local cloud); give it again for several clouds",
+        )
         command.add_argument("--store", default="local", help="name of a checkpoint-store block (default: .holdfast)")
 
     demo = commands.add_parser("demo", help="the main job on the local cloud, preempted again and again")

@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 from prefect.events import emit_event
 
-from blocks import load_account, load_store
+from blocks import load_driver, load_store
 from tasks.machines import reap_machines
 
 
@@ -20,7 +20,7 @@ def reap_orphans(account: str = "local", store: str = "local") -> int:
 
     Returns the number of machines that were terminated.
     """
-    reaped = reap_machines(load_account(account).driver(), load_store(store).store())
+    reaped = reap_machines(load_driver(account), load_store(store).store())
     log = get_run_logger()
     for orphan in reaped:
         log.warning(

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.transactions import CommitMode, transaction
 
-from blocks import load_account, load_budget, load_store
+from blocks import load_budget, load_driver, load_store
 from flows.display import terminal_watchers
 from holdfast.errors import CapacityError, OverBudgetError, ProgramFailedError, QuotaError, RunTakenError
 from holdfast.ledger.run_state import Attempt
@@ -29,7 +29,7 @@ from tasks.retrying import only_preemption, raise_unless_finished
 @flow(name="train", flow_run_name="train-{job.name}")
 def train(
     job: TrainingJob,
-    account: str = "local",
+    account: str | list[str] = "local",
     store: str = "local",
     budget: str = "",
     run_id: str = "",
@@ -39,7 +39,8 @@ def train(
 
     Args:
         job: What to train, and within which limits.
-        account: Name of the account block that machines come from. `local` is the cloud in a box.
+        account: Name of the account block that machines come from, or several: a run that one cloud refuses goes on in
+            another. `local` is the cloud in a box.
         store: Name of the checkpoint-store block. `local` is the folder .holdfast.
         budget: Name of the spending-budget block that caps the cost. Empty: only the job's own max_run_hours.
         run_id: Name of the run. The same name again goes on with that run, from its journal. Empty: a new run.
@@ -49,7 +50,7 @@ def train(
         load_notification(notify)
     run = open_run(  # refuses everything that can be known to be wrong; nothing is launched before it returns
         job,
-        load_account(account).driver(),
+        load_driver(account),
         load_store(store).store(),
         load_budget(budget) if budget else None,
         run_id or f"{job.name}-{str(flow_run.id)[:8]}",

@@ -119,10 +119,10 @@ def test_an_error_in_the_supervision_is_no_success(folder: Path, store: Director
 
     def break_the_cloud() -> None:
         def broken(*_: Any) -> Any:
-            driver.price_history = type(driver).price_history.__get__(driver)  # type: ignore[method-assign]
-            raise ValueError("a price list that makes no sense")
+            driver.machines = type(driver).machines.__get__(driver)  # type: ignore[method-assign]
+            raise ValueError("an answer that makes no sense")
 
-        driver.price_history = broken  # type: ignore[method-assign]
+        driver.machines = broken  # type: ignore[method-assign]
 
     thread = when_step(20, driver, break_the_cloud)
     with pytest.raises(ValueError, match="makes no sense"):

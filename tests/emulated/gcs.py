@@ -81,6 +81,12 @@ class GcsEmulator:
         """What open_store takes. `endpoint`: of a proxy in front."""
         return f"gs://{bucket}/{quote(prefix)}?endpoint={endpoint or self.endpoint}"
 
+    def contents(self, bucket: str) -> dict[str, bytes]:
+        return {name: stored.data for name, stored in self.objects(bucket).copy().items()}
+
+    def unfinished_uploads(self, bucket: str) -> int:
+        return sum(upload.bucket == bucket for upload in self.uploads.values())
+
     # -- objects ------------------------------------------------------------------------------------------------------
 
     def objects(self, bucket: str) -> dict[str, StoredObject]:

@@ -15,6 +15,8 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 REGION = "us-east-1"
 ACCESS_KEY, SECRET_KEY = "AKIATESTTESTTESTTEST", "secret-of-the-tests"
+ACCOUNT = "123456789012"
+"""moto's own."""
 
 
 class S3Emulator:
@@ -52,6 +54,21 @@ class S3Emulator:
 
     def session(self) -> boto3.Session:
         return boto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)
+
+    def contents(self, bucket: str) -> dict[str, bytes]:
+        keys = self._bucket(bucket).keys
+        return {name: keys[name].value for name in list(keys)}
+
+    def unfinished_uploads(self, bucket: str) -> int:
+        return len(self._bucket(bucket).multiparts)
+
+    def fill(self, bucket: str, keys: Iterable[str]) -> None:
+        """Many empty objects, quickly."""
+        for key in keys:
+            s3_backends[ACCOUNT]["aws"].put_object(bucket, key, b"")
+
+    def _bucket(self, bucket: str) -> Any:
+        return s3_backends[ACCOUNT]["aws"].buckets[bucket]
 
     def url(self, bucket: str, prefix: str = "", endpoint: str = "") -> str:
         """What open_store takes. `endpoint`: of a proxy in front."""

@@ -126,8 +126,8 @@ class Wire:
     ) -> Fault:
         """Do `kind` to the next `count` requests that `when` picks (`math.inf`: to all). Its `hits` counts them.
 
-        `seconds` is the delay of `slow`; `status` and `body` replace what the provider says by itself to
-        `throttle` and `error`.
+        `when` is asked under a lock: it must not call through this wire. `seconds` is the delay of `slow`; `status` and `body` replace what the provider says by itself to
+        `throttle` and `error`. With a `status`, `lost` is an HTTP 500 after the effect instead of a reset.
         """
         fault = Fault(kind=kind, when=when, left=count, seconds=seconds, status=status, body=body)
         with self._lock:
@@ -228,7 +228,7 @@ def _handler_of(wire: Wire) -> type[BaseHTTPRequestHandler]:
                     time.sleep(fault.seconds)
                 case "lost":
                     wire._forward(request)
-                    return None
+                    return refusal("error", request) if fault and fault.status else None
             try:
                 return wire._forward(request)
             except OSError:  # the emulator is gone: so is the connection

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from holdfast.errors import AlreadyExistsError, ConfigError, NotFoundError, TransientError
+from holdfast.errors import AlreadyExistsError, ConfigError, CredentialsError, NotFoundError, TransientError
 from holdfast.storage.address import Address
 from holdfast.storage.cloud_clients import client
 from holdfast.storage.cloud_errors import code_of, status_of, translated
+from holdfast.storage.interruptible import interruptible
 from holdfast.storage.keys import check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
 
@@ -25,8 +26,8 @@ PART_BYTES = 16 * 1024 * 1024
 PARTS_AT_ONCE = 8
 MAX_PARTS = 10_000
 """Of S3 and GCS: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
-READ_AT_ONCE_BYTES = 64 * 1024 * 1024
-"""More than this is read in ranges, side by side: one connection to S3 gives some 100 MB/s."""
+READ_AT_ONCE_PARTS = 4
+"""More than this is read part by part, side by side: one connection to S3 gives some 100 MB/s."""
 RETRY_SECONDS = 60.0
 WRITER = "holdfast-writer"
 """Metadata that tells our own write from another's when its answer was lost."""
@@ -43,38 +44,57 @@ class CloudStore:
     and an account that may not, and CredentialsError.
     """
 
-    def __init__(self, address: Address, credentials: Any = None, retry_seconds: float = RETRY_SECONDS) -> None:
-        self.url, self._address, self._retry_seconds = address.url, address, retry_seconds
+    def __init__(
+        self,
+        address: Address,
+        credentials: Any = None,
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        """`part_bytes`: 5 MiB or more; an object may have MAX_PARTS of them."""
+        self.url, self._address = address.url, address
+        self._retry_seconds, self._part_bytes = retry_seconds, part_bytes
         self._client = client(address, credentials, retry_seconds)
 
+    @interruptible
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
-        """In parts, side by side, when it is more than PART_BYTES; a source that fails leaves no part behind."""
+        """In parts, side by side, when it is more than one; a source that fails leaves no part behind."""
+        path, source = self._path(key), _Source(key, data, self._part_bytes)
+        whole = source.whole_if_small()
+        if whole is not None:
+            self._persist("put", key, lambda: self._put_whole(path, whole))
+        else:
+            self._persist("put", key, lambda: self._put_in_parts(key, path, source), lambda: not source.is_spent)
+
+    def _put_whole(self, path: str, whole: bytes) -> None:
         import obstore
 
-        path, writer = self._path(key), secrets.token_hex(8)
-        source = _Source(key, data)
-        whole = source.whole_if_small()
+        obstore.put(self._client, path, whole, use_multipart=False)
+
+    def _put_in_parts(self, key: str, path: str, source: _Source) -> None:
+        import obstore
+
+        writer = secrets.token_hex(8)
         try:
-            if whole is not None:
-                obstore.put(self._client, path, whole, use_multipart=False)
-            else:
-                obstore.put(
-                    self._client,
-                    path,
-                    source.pieces(),
-                    attributes={WRITER: writer},
-                    use_multipart=True,
-                    chunk_size=PART_BYTES,
-                    max_concurrency=PARTS_AT_ONCE,
-                )
+            obstore.put(
+                self._client,
+                path,
+                source.pieces(),
+                attributes={WRITER: writer},
+                use_multipart=True,
+                chunk_size=self._part_bytes,
+                max_concurrency=PARTS_AT_ONCE,
+            )
         except Exception as error:
             if source.error is not None:
-                raise source.error from None
+                raise _SourceError(source.error) from None
             # The answer to "complete the upload" was lost, and asked again, the store knows no such upload.
             if code_of(error) == "NoSuchUpload" and self._wrote(key, path, writer):
                 return
-            raise translated(error, "put", key, self._address) from error
+            raise
 
+    @interruptible
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         """In one request (the clouds have no conditional upload in parts), so for what fits in memory."""
         import obstore
@@ -96,9 +116,11 @@ class CloudStore:
 
         self._persist("create", key, attempt)
 
+    @interruptible
     def get(self, key: str) -> bytes:
         return self._read(key, 0, None)
 
+    @interruptible
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` -1: to the end."""
         if length == 0:
@@ -106,6 +128,7 @@ class CloudStore:
             return b""
         return self._read(key, start, None if length < 0 else start + length)
 
+    @interruptible
     def list(self, prefix: str) -> list[ObjectInfo]:
         import obstore
 
@@ -126,6 +149,7 @@ class CloudStore:
             raise translated(error, "list", prefix, self._address) from error
         return sorted(found, key=lambda info: info.key)
 
+    @interruptible
     def delete(self, key: str) -> None:
         import obstore
 
@@ -142,8 +166,10 @@ class CloudStore:
         check_key(path)  # it may be too long
         return path
 
-    def _persist(self, verb: str, key: str, attempt: Callable[[], T]) -> T:
-        """`attempt` until it succeeds, is refused, or time is up: what obstore does not repeat by itself."""
+    def _persist(
+        self, verb: str, key: str, attempt: Callable[[], T], may_again: Callable[[], bool] = lambda: True
+    ) -> T:
+        """`attempt` until it succeeds, is refused, or time is up: obstore repeats only what it takes for harmless."""
         give_up_at = time.monotonic() + self._retry_seconds
         pause = 0.2
         while True:
@@ -151,9 +177,13 @@ class CloudStore:
                 return attempt()
             except AlreadyExistsError:
                 raise
+            except _SourceError as error:
+                raise error.cause from None
             except Exception as error:
                 failure = translated(error, verb, key, self._address)
-                if not isinstance(failure, TransientError) or time.monotonic() + pause > give_up_at:
+                late = time.monotonic() + pause > give_up_at
+                again = isinstance(failure, TransientError) and not isinstance(failure, CredentialsError)
+                if late or not again or not may_again():
                     raise failure from error
                 log.debug("store=%s verb=%s key=%s asked again after: %s", self.url, verb, key, failure)
             time.sleep(pause * random.uniform(0.5, 1.0))
@@ -178,14 +208,14 @@ class CloudStore:
         import obstore
         from obstore.exceptions import PreconditionError
 
-        path = self._path(key)
-        ranged = {"range": _range(start, stop if stop is None else min(stop, start + READ_AT_ONCE_BYTES))}
+        path, at_once = self._path(key), READ_AT_ONCE_PARTS * self._part_bytes
+        ranged = {"range": _range(start, stop if stop is None else min(stop, start + at_once))}
         whole = start == 0 and stop is None
         for _ in range(10):
             try:
                 first = obstore.get(self._client, path, options={} if whole else ranged)
                 end = min(first.meta["size"] if stop is None else stop, first.meta["size"])
-                if end - start <= READ_AT_ONCE_BYTES:
+                if end - start <= at_once:
                     return bytes(first.bytes())
                 return self._read_side_by_side(path, first.meta["e_tag"], start, end)
             except PreconditionError:
@@ -200,30 +230,40 @@ class CloudStore:
         import obstore
 
         def read(at: int) -> Any:
-            options: dict[str, Any] = {"range": (at, min(at + PART_BYTES, end))}
+            options: dict[str, Any] = {"range": (at, min(at + self._part_bytes, end))}
             if e_tag:
                 options["if_match"] = e_tag  # parts of two versions would be neither
             return obstore.get(self._client, path, options=options).bytes()
 
         with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-read") as pool:
-            return b"".join(pool.map(read, range(start, end, PART_BYTES)))
+            return b"".join(pool.map(read, range(start, end, self._part_bytes)))
+
+
+class _SourceError(Exception):
+    """The data's source failed, not the store."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 class _Source:
-    """The bytes to put, cut into pieces that obstore can take one at a time: it copies each before it asks for more."""
+    """The bytes to put: whole when they are few, else in pieces that obstore may keep while it asks for more."""
 
-    def __init__(self, key: str, data: Data | Iterable[Data]) -> None:
-        self._key = key
+    def __init__(self, key: str, data: Data | Iterable[Data], part_bytes: int) -> None:
+        self._key, self._part_bytes = key, part_bytes
         self._chunks = iter([data] if isinstance(data, Data) else data)
         self._head = bytearray()
-        self._rest: memoryview = memoryview(b"")
+        self._rest = memoryview(b"")
+        self.is_spent = False
+        """More than the head is gone: it can't be put a second time."""
         self.error: BaseException | None = None
-        """What the source itself raised: none of the store's business."""
+        """What the source itself raised."""
 
     def whole_if_small(self) -> bytes | None:
         for chunk in self._chunks:
             view = memoryview(chunk).cast("B")
-            room = PART_BYTES - len(self._head)
+            room = self._part_bytes - len(self._head)
             self._head += view[:room]
             if len(view) > room:
                 self._rest = view[room:]
@@ -235,10 +275,9 @@ class _Source:
         try:
             for piece in self._cut():
                 sent += len(piece)
-                if sent > MAX_PARTS * PART_BYTES:
-                    raise ConfigError(
-                        f"{self._key}: an object may have {MAX_PARTS * PART_BYTES >> 30} GiB here; write it as several"
-                    )
+                if sent > MAX_PARTS * self._part_bytes:
+                    limit = MAX_PARTS * self._part_bytes >> 30
+                    raise ConfigError(f"{self._key}: an object may have {limit} GiB here; write it as several")
                 yield piece
         except GeneratorExit:
             raise
@@ -248,15 +287,18 @@ class _Source:
 
     def _cut(self) -> Iterator[Data]:
         yield bytes(self._head)
-        yield from _at_most_a_part(self._rest)
+        yield from self._at_most_a_part(self._rest)
         for chunk in self._chunks:
-            yield from _at_most_a_part(memoryview(chunk).cast("B"))
+            self.is_spent = True
+            yield from self._at_most_a_part(memoryview(chunk).cast("B"))
 
-
-def _at_most_a_part(view: memoryview) -> Iterator[memoryview]:
-    # A larger one obstore would copy as a whole, and send all its parts at once.
-    for start in range(0, len(view), PART_BYTES):
-        yield view[start : start + PART_BYTES]
+    def _at_most_a_part(self, view: memoryview) -> Iterator[Data]:
+        # All parts of a larger piece obstore would send at once. It keeps a piece while it asks for the next, and the
+        # source may fill the same memory again: only bytes stay what they are.
+        keeps = isinstance(view.obj, bytes)
+        for start in range(0, len(view), self._part_bytes):
+            piece = view[start : start + self._part_bytes]
+            yield piece if keeps else bytes(piece)
 
 
 def _joined(data: Data | Iterable[Data]) -> bytes:

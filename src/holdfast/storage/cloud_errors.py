@@ -119,6 +119,6 @@ def _short(error: BaseException) -> str:
     said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     if code := code_of(error):
         return f"HTTP {status_of(error)} {code}" + (f", {said[1].strip()}" if said else "")
-    reasons = re.findall(r'kind: \w+,\s+message: "([^"]+)"', text)
+    reasons = ["".join(found) for found in re.findall(r'(?:message|error): "([^"]+)"|source: (TimedOut),', text)]
     first = " ".join(text.partition("\n\nDebug source")[0].split())
     return first + (f" ({reasons[-1]})" if reasons else "")

@@ -67,21 +67,47 @@ SKUS = (
     ("N2 Custom Instance Core", "CPU", 0.033174, 0.009952),
     ("N2 Sole Tenancy Instance Core", "CPU", 9.9, 9.9),
 )
-PERMISSIONS = {
-    "instances.insert": "compute.instances.create",
-    "instances.bulkInsert": "compute.instances.create",
-    "instances.delete": "compute.instances.delete",
-    "instances.get": "compute.instances.get",
-    "instances.aggregatedList": "compute.instances.list",
-    "instances.getSerialPortOutput": "compute.instances.getSerialPortOutput",
-    "operations.aggregatedList": "compute.globalOperations.list",
-    "machineTypes.aggregatedList": "compute.machineTypes.list",
-    "images.getFromFamily": "compute.images.getFromFamily",
-    "regions.get": "compute.regions.get",
-    "instanceTemplates.insert": "compute.instanceTemplates.create",
-    "instanceGroupManagers.insert": "compute.instanceGroupManagers.create",
-    "logging.entries.list": "logging.logEntries.list",
+PERMISSIONS: dict[str, tuple[str, ...]] = {
+    "cloudbilling.skus.list": (),
+    "globalOperations.get": ("compute.globalOperations.get",),
+    "images.get": ("compute.images.get",),
+    "images.getFromFamily": ("compute.images.getFromFamily",),
+    "instanceGroupManagers.aggregatedList": ("compute.instanceGroupManagers.list",),
+    "instanceGroupManagers.delete": ("compute.instanceGroupManagers.delete",),
+    "instanceGroupManagers.insert": ("compute.instanceGroupManagers.create", "compute.instanceTemplates.useReadOnly"),
+    "instanceGroupManagers.listManagedInstances": ("compute.instanceGroupManagers.get",),
+    "instanceTemplates.delete": ("compute.instanceTemplates.delete",),
+    "instanceTemplates.insert": ("compute.instanceTemplates.create",),
+    "instanceTemplates.list": ("compute.instanceTemplates.list",),
+    "instances.aggregatedList": ("compute.instances.list",),
+    "instances.delete": ("compute.instances.delete",),
+    "instances.get": ("compute.instances.get",),
+    "instances.getSerialPortOutput": ("compute.instances.getSerialPortOutput",),
+    "instances.setDeletionProtection": ("compute.instances.setDeletionProtection",),
+    "logging.entries.list": ("logging.logEntries.list",),
+    "machineTypes.aggregatedList": ("compute.machineTypes.list",),
+    "networks.get": ("compute.networks.get",),
+    "operations.aggregatedList": ("compute.globalOperations.list",),
+    "projects.testIamPermissions": (),
+    "regionOperations.get": ("compute.regionOperations.get",),
+    "regions.get": ("compute.regions.get",),
+    "zoneOperations.get": ("compute.zoneOperations.get",),
 }
+"""What each method takes, by https://docs.cloud.google.com/compute/docs/reference/rest/v1; a method that is not here is
+not served."""
+MAKING_AN_INSTANCE = (
+    "compute.disks.create",
+    "compute.images.useReadOnly",
+    "compute.instances.create",
+    "compute.instances.setLabels",
+    "compute.instances.setMetadata",
+    "compute.instances.setServiceAccount",
+    "compute.subnetworks.use",
+    "compute.subnetworks.useExternalIp",
+    "iam.serviceAccounts.actAs",
+)
+PERMISSIONS |= {"instances.insert": MAKING_AN_INSTANCE, "instances.bulkInsert": MAKING_AN_INSTANCE}
+PERMISSIONS["instanceTemplates.insert"] += MAKING_AN_INSTANCE
 VANISH_SECONDS = 0.25
 """Between power off and the end of an instance's resource."""
 
@@ -194,6 +220,8 @@ class GceEmulator:
         self._follower.join()
         self._server.shutdown()
         self._server.server_close()
+        for host_id in self.host.ids():
+            self.host.terminate(host_id)  # one that is still booting hears it when it is up
         self.host.stop_all()
         socket.getaddrinfo = self._getaddrinfo
         assert not self.leaks, f"requests left for {', '.join(self.leaks)}"
@@ -249,6 +277,11 @@ class GceEmulator:
     @property
     def groups(self) -> list[str]:
         return sorted(self._groups)
+
+    def forget_requests(self) -> None:
+        """Repeated request ids are new ones from now on, as after some time with the real one."""
+        with self._lock:
+            self._answers.clear()
 
     # -- time passes --------------------------------------------------------------------------------------------------
 
@@ -420,8 +453,7 @@ class GceEmulator:
             self.tokens_seen.add(token)
             if self.expired or token != TOKEN:
                 raise Refused(401, "authError", "Request had invalid authentication credentials.")
-            needed = PERMISSIONS.get(action)
-            if needed in self.denied:
+            for needed in self.denied & set(PERMISSIONS.get(action, ())):
                 raise Refused(
                     403, "forbidden", f"Required '{needed}' permission for 'projects/{PROJECT}/{'/'.join(segments)}'"
                 )
@@ -438,7 +470,7 @@ class GceEmulator:
                     raise found
                 return _json(found)
             handle = getattr(self, "_do_" + action.replace(".", "_"), None)
-            if handle is None:
+            if handle is None or action not in PERMISSIONS:
                 raise Refused(404, "notFound", f"The emulator has no {action} ({method} {where})")
             try:
                 answered = handle(segments, query, body)

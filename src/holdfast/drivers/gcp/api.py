@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -10,8 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.drivers.gcp.config import GcpConfig
-from holdfast.drivers.gcp.errors import OperationFailedError, may_pass, translated
-from holdfast.errors import TransientError
+from holdfast.drivers.gcp.errors import OperationFailedError, already_exists, may_pass, translate, translated
+from holdfast.errors import HoldfastError, TransientError
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 CALL_SECONDS = 30.0
 RETRY_SECONDS = 20.0
 """How long a call that failed in passing is tried again, by the library's own retries. Then its caller decides."""
 OPERATION_SECONDS = 300.0
+CREATE_TRIES = 3
 PAGE = 500
 NAMESPACE = uuid.UUID("2f1f1d2e-5f0b-5c1e-9a53-6f1d0c8f2b11")
 CLOUD_PLATFORM_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -112,7 +116,45 @@ class ComputeApi:
 
     def ask(self, method: Callable[..., T], **request: Any) -> T:
         """As `call`, but with Google's own errors, for callers that tell them apart."""
-        return method(request=request, timeout=CALL_SECONDS, retry=self._retry())
+        from google.api_core.exceptions import RetryError
+
+        try:
+            return method(request=request, timeout=CALL_SECONDS, retry=self._retry())
+        except RetryError as error:
+            raise error.cause or error from error
+
+    def create(
+        self,
+        method: Callable[..., compute_v1.Operation],
+        doing: str,
+        permission: str,
+        once: tuple[object, ...] = (),
+        **request: Any,
+    ) -> compute_v1.Operation | None:
+        """Insert something by `method` and await it; None when there was something of that name.
+
+        `once` tells this insert from every other one: whoever repeats it gets the operation of the first. An operation
+        that failed in passing is asked for anew, since repeating it would repeat its failure. Without `once`, the name
+        alone keeps a repetition from making a second.
+        """
+        for number in range(CREATE_TRIES):
+            try:
+                if once:
+                    request["request_id"] = request_id(self.project, *once, number)
+                return self.wait(self.ask(method, project=self.project, **request), doing)
+            except HoldfastError:
+                raise
+            except Exception as error:
+                if already_exists(error):
+                    return None
+                ours = translate(error, doing, permission)
+                if ours is None:
+                    raise
+                again = isinstance(error, OperationFailedError) and isinstance(ours, TransientError)
+                if not again or number == CREATE_TRIES - 1:
+                    raise ours from error
+                log.warning("asked for anew: %s", ours)
+        raise AssertionError("unreachable")
 
     def json(self, method: str, service: str, path: str, doing: str, permission: str = "", **arguments: Any) -> Any:
         """The answer of `https://SERVICE.googleapis.com/PATH`."""
@@ -149,7 +191,7 @@ class ComputeApi:
                     f"{doing}: operation {operation.name} was not done within {OPERATION_SECONDS:.0f} s; it is asked again"
                 )
             time.sleep(pause)
-            pause = min(2.0, pause * 1.6)
+            pause = min(2.0, pause * 2)
             operation = self._look(operation, doing)
         if operation.error.errors or operation.http_error_status_code >= 400:
             raise OperationFailedError(operation)

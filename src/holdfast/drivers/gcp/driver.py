@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from holdfast.clock import WallClock
 from holdfast.drivers.gcp import examination, fleets, names, specification
-from holdfast.drivers.gcp.api import ComputeApi, request_id
+from holdfast.drivers.gcp.api import ComputeApi
 from holdfast.drivers.gcp.config import GcpConfig, region_of
 from holdfast.drivers.gcp.console import read_logged, read_serial_port
-from holdfast.drivers.gcp.errors import PROTECTED, OperationFailedError, is_gone, translate, translated, words_of
+from holdfast.drivers.gcp.errors import PROTECTED, is_gone, translated, words_of
 from holdfast.drivers.gcp.machines import CLOUD, Machines, name_of
 from holdfast.drivers.gcp.operations_log import parse_time
 from holdfast.drivers.gcp.prices import Market
@@ -28,16 +28,13 @@ from holdfast.drivers.protocol import (
     Offer,
     PricePoint,
 )
-from holdfast.errors import ConfigError, HoldfastError, TransientError
+from holdfast.errors import ConfigError, HoldfastError
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
     from google.cloud import compute_v1
 
 log = logging.getLogger(__name__)
-
-INSERT_TRIES = 3
-"""An insert whose operation failed in passing is asked for anew: repeating its request id would repeat its failure."""
 
 
 class GcpDriver:
@@ -93,6 +90,8 @@ class GcpDriver:
         """`request.environment` is in the start-up script already: instances have no other way to be told."""
         pool = self._known_pool(request.pool)
         name = names.instance_name(request.token, request.tags, pool)
+        if over := self._machines.over(name, pool, request.tags):
+            return over
         properties = specification.properties(
             self.config,
             token=request.token,
@@ -103,7 +102,15 @@ class GcpDriver:
             max_run_seconds=request.max_run_seconds,
             disk_gib=request.disk_gib,
         )
-        operation = self._insert(specification.instance(properties, name, pool.zone), request, pool)
+        operation = self.api.create(
+            # The unary form: the other wraps the operation in a future that asks Google's own address.
+            self.api.instances.insert_unary,
+            f"launching {pool.instance_type} ({pool.provisioning_model}) in {pool.zone}",
+            "compute.instances.create",
+            once=(pool.zone, name),
+            zone=pool.zone,
+            instance_resource=specification.instance(properties, name, pool.zone),
+        )
         instance = self._find(name, pool.zone)
         if instance and instance.labels.get(names.TOKEN_LABEL) != names.digest(request.token, 16):
             raise ConfigError(
@@ -115,38 +122,6 @@ class GcpDriver:
         machine = self._machines.launched(instance, name, pool, request.tags, instance_id, asked_at)
         log.info("machine=%s pool=%s state=%s", machine.id, pool, machine.state)
         return machine
-
-    def _insert(
-        self, asked: compute_v1.Instance, request: LaunchRequest, pool: CapacityPool
-    ) -> compute_v1.Operation | None:
-        """The operation, done; None when an instance of that name was there before."""
-        doing = f"launching {pool.instance_type} ({pool.provisioning_model}) in {pool.zone}"
-        permission = "compute.instances.create"
-        for number in range(INSERT_TRIES):
-            try:
-                # The unary form: the other wraps the operation in a future that asks Google's own address.
-                operation = self.api.ask(
-                    self.api.instances.insert_unary,
-                    project=self.api.project,
-                    zone=pool.zone,
-                    instance_resource=asked,
-                    request_id=request_id(self.api.project, pool.zone, asked.name, number),
-                )
-                return self.api.wait(operation, doing)
-            except HoldfastError:
-                raise
-            except Exception as error:
-                if _already_exists(error):
-                    return None
-                ours = translate(error, doing, permission)
-                if ours is None:
-                    raise
-                if not isinstance(error, OperationFailedError) or not isinstance(ours, TransientError):
-                    raise ours from error
-                if number == INSERT_TRIES - 1:
-                    raise ours from error
-                log.warning("launch is asked for anew instance=%s %s", asked.name, ours)
-        raise AssertionError("unreachable")
 
     def _find(self, name: str, zone: str) -> compute_v1.Instance | None:
         """None for one that is not there, or not there yet."""
@@ -233,9 +208,3 @@ class GcpDriver:
             log.warning("console is not to be had from Cloud Logging machine=%s %s", machine_id, error)
             return remembered
         return max(remembered, logged, key=len)
-
-
-def _already_exists(error: Exception) -> bool:
-    if isinstance(error, OperationFailedError):
-        return any("ALREADY_EXISTS" in one.code for one in error.errors)
-    return getattr(error, "code", None) == 409 and "already exists" in words_of(error).lower()

@@ -34,6 +34,7 @@ PASSING = re.compile(
 )
 PERMISSION = re.compile(r"Required '([\w.]+)' permission|Permission '([\w.]+)' denied|permission '([\w.]+)'")
 NOT_ENABLED = re.compile(r"accessNotConfigured|SERVICE_DISABLED|has not been used in project|is disabled")
+ALREADY_EXISTS = re.compile(r"alreadyExists|ALREADY_EXISTS|already exists")
 PROTECTED = re.compile(r"protected against deletion|deletion ?protection", re.IGNORECASE)
 
 
@@ -99,6 +100,10 @@ def is_gone(error: BaseException) -> bool:
     return getattr(error, "code", None) == 404 or "RESOURCE_NOT_FOUND" in words_of(error)
 
 
+def already_exists(error: BaseException) -> bool:
+    return bool(ALREADY_EXISTS.search(words_of(error)))
+
+
 def may_pass(error: Exception) -> bool:
     """Is the same call worth making again at once? What google.api_core.retry asks."""
     ours = translate(error, "")
@@ -122,6 +127,8 @@ def _of_words(code: int, message: str, errors: Iterable[Any], doing: str, permis
         return ConfigError(f"{doing}: {said}; enable the API in this project (gcloud services enable)")
     if code == 403 or "PERMISSION" in words:
         return ConfigError(_missing_permission(doing, said, words, permission))
+    if ALREADY_EXISTS.search(words):
+        return ConfigError(f"{doing}: {said}; delete it, or choose another name")
     if PASSING.search(words) or code in (408, 409, 412) or code >= 500:
         return TransientError(f"{doing}: {said}; it is tried again")
     if code == 404 or "RESOURCE_NOT_FOUND" in words:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from holdfast.drivers.gcp import names, specification
-from holdfast.drivers.gcp.api import PAGE, ComputeApi, metadata_of, request_id
+from holdfast.drivers.gcp.api import PAGE, ComputeApi, metadata_of
 from holdfast.drivers.gcp.errors import is_gone, translated
 from holdfast.drivers.gcp.machines import CLOUD, Machines
 from holdfast.drivers.protocol import CapacityPool, Fleet, FleetRequest, Machine, ProvisioningModel
@@ -59,7 +59,6 @@ def launch(api: ComputeApi, machines: Machines, request: FleetRequest) -> Sequen
 
 def find(api: ComputeApi, tags: Mapping[str, str]) -> list[Fleet]:
     """From templates and groups: a fleet that lacks one of them is one too, until it is ended."""
-
     doing = "listing fleets"
     found: dict[str, dict[str, str]] = {}
     regions: dict[str, str] = {}
@@ -85,7 +84,6 @@ def find(api: ComputeApi, tags: Mapping[str, str]) -> list[Fleet]:
         max_results=PAGE,
     )
     for _, scoped in api.pages(pager, doing, "compute.instanceGroupManagers.list"):
-        group: compute_v1.InstanceGroupManager
         for group in scoped.instance_group_managers:
             sizes[group.name.removeprefix(_GROUP)[:16]] += group.target_size
     fleets = []
@@ -234,15 +232,16 @@ class _Part:
                     for rank, name in enumerate(self.machine_types)
                 }
             )
-        with translated(self.doing, "compute.instances.create"):
-            operation = self.api.ask(
-                self.api.region_instances.bulk_insert_unary,
-                project=self.api.project,
-                region=self.region,
-                bulk_insert_instance_resource_resource=resource,
-                request_id=request_id(self.api.project, self.region, *members),
-            )
-            done = self.api.wait(operation, self.doing)
+        done = self.api.create(
+            self.api.region_instances.bulk_insert_unary,
+            self.doing,
+            "compute.instances.create",
+            once=(self.region, *members),
+            region=self.region,
+            bulk_insert_instance_resource_resource=resource,
+        )
+        if done is None:
+            return self.size
         status = done.instances_bulk_insert_operation_metadata.per_location_status
         return sum(one.created_vm_count for one in status.values()) or 1
 
@@ -269,11 +268,11 @@ class _Part:
             name=template_name(self.request.token, self.model),
             properties=self._properties(**{REGION_ITEM: self.region}),
         )
-        self._create(
+        self.api.create(
             self.api.templates.insert_unary,
+            self.doing,
             "compute.instanceTemplates.create",
             instance_template_resource=template,
-            request_id=request_id(self.api.project, template.name),
         )
         group = compute_v1.InstanceGroupManager(
             name=group_name(self.request.token, self.model),
@@ -312,22 +311,14 @@ class _Part:
                     for rank, name in enumerate(self.machine_types)
                 }
             )
-        self._create(
+        self.api.create(
             self.api.groups.insert_unary,
+            self.doing,
             "compute.instanceGroupManagers.create",
             region=self.region,
             instance_group_manager_resource=group,
-            request_id=request_id(self.api.project, group.name),
         )
         return self.size
-
-    def _create(self, method: Callable[..., compute_v1.Operation], permission: str, **request: object) -> None:
-        with translated(self.doing, permission):
-            try:
-                self.api.wait(self.api.ask(method, project=self.api.project, **request), self.doing)
-            except Exception as error:
-                if getattr(error, "code", None) != 409:
-                    raise
 
     def failures(self) -> list[str]:
         """What the group says of members that it could not make."""

@@ -131,15 +131,22 @@ class Machines:
         with self._lock:
             return self._known.get(machine_id)
 
+    def over(self, name: str, pool: CapacityPool, tags: Mapping[str, str]) -> Machine | None:
+        """The machine of this name if it is known to have ended: it is not launched a second time."""
+        with self._lock:
+            known = self._known.get(name)
+            if known is None or not known.over:
+                return None
+            if known.from_log:
+                known.machine = dataclasses.replace(known.machine, pool=pool, tags=dict(tags))
+                known.from_log = False
+            return known.machine
+
     def asked_to_end(self, machine_id: str) -> None:
         with self._lock:
             if (known := self._known.get(machine_id)) and not known.over:
                 known.asked_to_end, known.deleted_at = True, time.monotonic()
                 known.machine = dataclasses.replace(known.machine, state="stopping")
-
-    def forget(self, machine_id: str) -> None:
-        with self._lock:
-            self._known.pop(machine_id, None)
 
     def launched(
         self,

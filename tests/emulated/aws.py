@@ -156,6 +156,14 @@ class AwsEmulator:
         """Instances launched from now on are unknown to the API for so long."""
         self._machines.hidden_seconds = seconds
 
+    def delay(self, action: str, seconds: float) -> None:
+        """Answer it so much later from now on."""
+        self.front.delays[action] = seconds
+
+    def forget_machine(self, machine_id: str) -> None:
+        """As EC2 forgets a terminated instance after about an hour."""
+        self._machines.forget(machine_id)
+
     def serve_pages_of(self, size: int) -> None:
         self.front.page_size = size
 

@@ -77,6 +77,7 @@ class Front:
     injected: list[Injected] = field(default_factory=list)
     quotas: dict[str, float] = field(default_factory=dict)
     page_size: int = 1000
+    delays: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._done: dict[tuple[str, str, str], _Done] = {}
@@ -100,6 +101,7 @@ class Front:
         _, action = name_of(environ["REQUEST_METHOD"], path, headers, body)
         form: dict[str, Any] = json.loads(body) if "x-amz-target" in headers else dict(parse_qsl(body.decode()))
         self._record(Recorded(service, action, region, form, time.monotonic()))
+        time.sleep(self.delays.get(action, 0.0))
         # One at a time: moto was not made for several threads.
         with self._lock:
             answer = self._answer(service, action, region, form) or self._idempotently(

@@ -78,6 +78,9 @@ class Machines:
                     if missing > 0:
                         group.replace_autoscaling_group_instances(missing, group.get_propagated_tags())
 
+    def forget(self, machine_id: str) -> None:
+        self._bodies[machine_id].shown_from = float("inf")
+
     def is_hidden(self, machine_id: str) -> bool:
         body = self._bodies.get(machine_id)
         return bool(body and getattr(self.asking, "hides", False) and time.monotonic() < body.shown_from)

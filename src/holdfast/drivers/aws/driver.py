@@ -32,7 +32,7 @@ from holdfast.drivers.protocol import (
     Offer,
     PricePoint,
 )
-from holdfast.errors import ConfigError, TransientError
+from holdfast.errors import CapacityError, ConfigError, TransientError
 
 if TYPE_CHECKING:
     import boto3
@@ -93,15 +93,16 @@ class AwsDriver:
         pool = request.pool
         inventory = self._own(pool)
         parameters = run_parameters(self.config, self._places, request, self._market.max_usd_per_hour(pool))
-        answer = None
+        answer, repeated = None, ""
         with self._account.calling("ec2", pool):
             try:
                 answer = self._account.client("ec2", pool.region).run_instances(**parameters)
             except ClientError as error:
-                if code_of(error) not in REPEATED:
+                repeated = code_of(error)
+                if repeated not in REPEATED:
                     raise
-        machine = machine_of(answer["Instances"][0], pool.region) if answer else self._adopt(request)
-        inventory.launched(machine)
+        machine = machine_of(answer["Instances"][0], pool.region) if answer else self._adopt(request, repeated)
+        machine = inventory.launched(machine)
         log.info("machine=%s launched pool=%s token=%s", machine.id, pool, request.token)
         return machine
 
@@ -205,7 +206,7 @@ class AwsDriver:
             for instance in reservation["Instances"]
         ]
 
-    def _adopt(self, request: LaunchRequest) -> Machine:
+    def _adopt(self, request: LaunchRequest, code: str) -> Machine:
         """The machine of an earlier launch with this token, whose parameters were not quite the same."""
         filters: list[dict[str, object]] = [
             {"Name": f"tag:{TOKEN_TAG}", "Values": [request.token[:TAG_VALUE_CHARACTERS]]}
@@ -216,6 +217,10 @@ class AwsDriver:
             if found:
                 return min(found, key=lambda machine: (machine.state == "terminated", machine.launched_at))
             if time.monotonic() > give_up_at:
+                if code == "IdempotentInstanceTerminated":
+                    raise CapacityError(
+                        f"the machine of {request.token!r} ended so long ago that EC2 shows it no longer"
+                    )
                 raise TransientError(
                     f"EC2 has launched a machine for {request.token!r} before and does not show it yet; launch again"
                 )

@@ -17,20 +17,19 @@ from holdfast.errors import CapacityError, ConfigError, CredentialsError, Holdfa
 CAPACITY = {
     *("InsufficientInstanceCapacity", "InsufficientHostCapacity", "InsufficientReservedInstanceCapacity"),
     *("InsufficientCapacity", "InsufficientCapacityOnHost", "InsufficientAddressCapacity", "UnfulfillableCapacity"),
-    *("SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet", "ReservationCapacityExceeded"),
-    *("CapacityNotAvailable", "MaxSpotFleetRequestCountExceeded"),
+    *("InsufficientFreeAddressesInSubnet", "ReservationCapacityExceeded", "SpotMaxPriceTooLow"),
+    "Unsupported",  # the type in this zone, or this configuration of it now: another pool may have it
 }
 QUOTA = {
-    *("MaxSpotInstanceCountExceeded", "VcpuLimitExceeded", "InstanceLimitExceeded", "VolumeLimitExceeded"),
-    *("MaxIOPSLimitExceeded", "SnapshotLimitExceeded", "NetworkInterfaceLimitExceeded", "AddressLimitExceeded"),
-    *("PendingSnapshotLimitExceeded", "LimitExceeded", "ResourceLimitExceeded", "FleetNotInModifiableStateLimit"),
-    "InstanceQuotaExceeded",
+    *("MaxSpotInstanceCountExceeded", "MaxSpotFleetRequestCountExceeded", "VcpuLimitExceeded", "InstanceLimitExceeded"),
+    *("VolumeLimitExceeded", "MaxIOPSLimitExceeded", "SnapshotLimitExceeded", "PendingSnapshotLimitExceeded"),
+    *("NetworkInterfaceLimitExceeded", "AddressLimitExceeded", "LimitExceeded", "ResourceLimitExceeded"),
 }
 CREDENTIALS = {
     *("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidClientTokenId"),
     *("UnrecognizedClientException", "AuthFailure", "SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"),
-    *("IncompleteSignature", "InvalidSignatureException", "MissingAuthenticationToken", "OptInRequired"),
-    *("PendingVerification", "NotSignedUp", "InvalidSignature", "MissingAuthenticationTokenException"),
+    *("IncompleteSignature", "InvalidSignatureException", "MissingAuthenticationToken"),
+    "MissingAuthenticationTokenException",
 }
 TRANSIENT = {
     *("RequestLimitExceeded", "Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException"),
@@ -38,13 +37,15 @@ TRANSIENT = {
     *("InternalError", "InternalFailure", "InternalServerError", "ServiceUnavailable", "Unavailable"),
     *("ServiceUnavailableException", "RequestTimeout", "RequestTimeoutException", "ResourceContention"),
     *("ScalingActivityInProgress", "ResourceInUse", "EC2ThrottledException", "IncorrectInstanceState"),
-    *("LaunchTemplateNotReady", "InternalServiceErrorException", "ServerInternal", "InvalidInstanceID.NotFound"),
+    *("ServerInternal", "InvalidInstanceID.NotFound"),
+    "PendingVerification",  # a region's first use: minutes, as AWS says
 }
 DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "NotAuthorized", "UnauthorizedAccess"}
 REPEATED = {"IdempotentParameterMismatch", "IdempotentInstanceTerminated"}
 UNKNOWN_MACHINE = {"InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "InvalidInstanceID"}
 
 FIELDS = (
+    ("AuthFailure", r"images", "image", "use an AMI that is shared with this account"),
     ("InvalidAMIID", "", "image", "use an AMI of this region that the account may launch"),
     ("ParameterNotFound", "", "image", "use an SSM parameter that exists in this region, or an AMI id"),
     ("InvalidSubnet", "", "subnets", "use a subnet of the zone, in this account"),
@@ -141,7 +142,7 @@ def _of_answer(error: Any, service: str, config: AwsConfig, pool: CapacityPool |
         return CapacityError(f"no capacity{where} ({code}: {said})")
     if code in QUOTA:
         return QuotaError(_quota_words(code, said, pool))
-    if code in CREDENTIALS:
+    if code in CREDENTIALS and not (code == "AuthFailure" and "images" in said):
         return CredentialsError(
             f"AWS does not accept the account's credentials at {action} ({code}); renew them: what waits goes on by itself"
         )

@@ -25,7 +25,7 @@ from holdfast.drivers.aws.launching import (
 )
 from holdfast.drivers.aws.places import Places
 from holdfast.drivers.protocol import CapacityPool, Fleet, FleetRequest, Machine, ProvisioningModel
-from holdfast.errors import CapacityError, ConfigError, HoldfastError, QuotaError, TransientError
+from holdfast.errors import CapacityError, ConfigError, HoldfastError, QuotaError
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +96,14 @@ class Fleets:
 
     def _instant(self, request: FleetRequest, region: str) -> list[Machine]:
         """One fleet for each provisioning model: so each has its own pools, tags and protection from the start."""
-        if there := self._members(request.token, region):
-            return there
+        there = self._members(request.token, region)
         spot = round(request.machines * request.spot_share)
         found: list[Machine] = []
         refusal: HoldfastError | None = None
         for model, count in zip(MODELS, (spot, request.machines - spot), strict=True):
-            if count:
+            if of_model := [machine for machine in there if machine.pool.provisioning_model == model]:
+                found += of_model
+            elif count:
                 try:
                     found += self._create_fleet(request, region, model, count)
                 except (CapacityError, QuotaError) as error:
@@ -200,9 +201,7 @@ class Fleets:
                 return found
             if time.monotonic() > give_up_at:
                 if not wanted:
-                    raise TransientError(
-                        f"EC2 has made fleet {token!r} before and does not show it yet; launch it again"
-                    )
+                    raise CapacityError(f"fleet {token!r} was asked for before, and EC2 shows no {model} machine of it")
                 return found
             time.sleep(1.0)
 

@@ -29,9 +29,11 @@ REMEMBERED = timedelta(hours=24)
 @dataclass(slots=True)
 class _Known:
     machine: Machine
-    shown_at: float
-    """`time.monotonic()` of its launch, or of the last answer that showed it."""
+    launched_at: float = float("-inf")
+    """`time.monotonic()`, of what was launched here."""
     ever_shown: bool = False
+    missed_at: float | None = None
+    """When the first of the answers was asked for that did not show it."""
 
 
 class Inventory:
@@ -60,12 +62,15 @@ class Inventory:
                     self._describe()
             return [known.machine for known in self._known.values()]
 
-    def launched(self, machine: Machine) -> None:
+    def launched(self, machine: Machine) -> Machine:
+        """The machine as it is known from now on."""
         with self._condition:
+            self._changed_at = time.monotonic()
             known = self._known.get(machine.id)
             if known is None or not known.ever_shown:
-                self._known[machine.id] = _Known(machine, time.monotonic())
-            self._changed_at = time.monotonic()
+                known = _Known(_with_end(machine, self._clock.now()), launched_at=self._changed_at)
+                self._known[machine.id] = known
+            return known.machine
 
     def changed(self) -> None:
         """A description that was asked for before this moment is out of date."""
@@ -81,7 +86,7 @@ class Inventory:
         """Was it launched here so lately that EC2 may not know it yet?"""
         with self._condition:
             known = self._known.get(machine_id)
-            return bool(known and not known.ever_shown and time.monotonic() - known.shown_at < UNSEEN_SECONDS)
+            return bool(known and not known.ever_shown and time.monotonic() - known.launched_at < UNSEEN_SECONDS)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -116,14 +121,14 @@ class Inventory:
         for machine in shown:
             before = self._known.get(machine.id)
             if before and before.machine.state == "terminated":
-                before.shown_at = began_at
                 continue  # an end is told once, in the same words for ever
-            self._known[machine.id] = _Known(_with_end(machine, now), began_at, ever_shown=True)
+            self._known[machine.id] = _Known(_with_end(machine, now), ever_shown=True)
         here = {machine.id for machine in shown}
         for machine_id, known in list(self._known.items()):
             if machine_id in here:
                 continue
-            if known.machine.state != "terminated" and began_at - known.shown_at > UNSEEN_SECONDS:
+            known.missed_at = began_at if known.missed_at is None else known.missed_at
+            if known.machine.state != "terminated" and began_at - known.missed_at > UNSEEN_SECONDS:
                 known.machine = _vanished(known, now)
                 log.warning("machine=%s is no longer shown by EC2 and counts as ended", machine_id)
             if known.machine.terminated_at and now - known.machine.terminated_at > REMEMBERED:

@@ -16,6 +16,8 @@ from holdfast.errors import HoldfastError
 log = logging.getLogger(__name__)
 
 DAY = 24 * 3600.0
+REFUSED_SECONDS = 300.0
+"""After which a Price List that did not answer is asked again."""
 PRICE_LIST_REGION = "us-east-1"
 TABLE_OF = "November 2026"
 TABLE: dict[str, float] = {
@@ -44,7 +46,9 @@ class PriceList:
 class Prices:
     def __init__(self, account: Account) -> None:
         self._account = account
-        self._lists: Cached[str, PriceList] = Cached(self._ask, DAY)
+        self._lists: Cached[str, PriceList] = Cached(
+            self._ask, lambda prices: REFUSED_SECONDS if prices.refusal else DAY
+        )
 
     def on_demand(self, region: str) -> PriceList:
         """Of the account's instance types in `region`; kept for a day."""

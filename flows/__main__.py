@@ -12,7 +12,7 @@ from typing import Any
 from flows import DISPLAY_VARIABLE
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import load_job
+from holdfast.model import load_fleet_job, load_job
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
@@ -42,6 +42,23 @@ def train_command(options: argparse.Namespace) -> int:
         from flows.train import train
 
         summary = train(
+            job,
+            account=accounts_of(options),
+            store=options.store,
+            budget=options.budget,
+            run_id=options.run_id,
+            notify=options.notify,
+        )
+        _show(summary)
+    return 0
+
+
+def fleet_command(options: argparse.Namespace) -> int:
+    job = load_fleet_job(options.job)
+    with prefect_server():
+        from flows.fleet import fleet
+
+        summary = fleet(
             job,
             account=accounts_of(options),
             store=options.store,
@@ -126,7 +143,8 @@ def _show(summary: dict[str, Any]) -> None:
     folder = Path(".holdfast/runs") / summary["run_id"]
     Console(width=None if sys.stdout.isatty() else 120).print(Markdown((folder / "summary.md").read_text()))
     print(f"\nThe run's folder:  {folder}  (summary.json, journal, logs, checkpoints)")
-    print(f"The timeline:      {folder / 'timeline.png'}")
+    if (folder / "timeline.png").exists():
+        print(f"The timeline:      {folder / 'timeline.png'}")
     print("The Prefect UI:    make ui")
 
 
@@ -141,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--notify", default="", help="notification block, as type/name")
     train.set_defaults(command=train_command)
 
+    fleet = commands.add_parser("fleet", help="run a job on many machines at once, a share of them spot")
+    fleet.add_argument("job", type=Path, help="YAML file of a FleetJob")
+    fleet.add_argument("--budget", default="", help="name of a spending-budget block")
+    fleet.add_argument("--run-id", default="", help="go on with the run of that name, or give a new one this name")
+    fleet.add_argument("--notify", default="", help="notification block, as type/name")
+    fleet.set_defaults(command=fleet_command)
+
     rehearse = commands.add_parser("rehearse", help="run a job on the local cloud with preemptions, and judge it")
     rehearse.add_argument("job", type=Path, help="YAML file of a TrainingJob")
     rehearse.add_argument("--preemptions", type=int, default=3, help="how many, of all kinds in turn (default 3)")
@@ -151,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what works, what is missing, what an hour costs; launches nothing")
     doctor.add_argument("job", type=Path, nargs="?", help="YAML file of a TrainingJob, to see its pools and its cost")
     doctor.set_defaults(command=doctor_command)
-    for command in (train, reap, doctor):
+    for command in (train, fleet, reap, doctor):
         command.add_argument(
             "--account",
             action="append",

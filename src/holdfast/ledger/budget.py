@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -25,6 +25,12 @@ class Standing:
     spent_usd: float
     reserved_usd: dict[str, float]
     """By token, of machines that may live."""
+    fleets: dict[str, int] = field(default_factory=dict)
+    """By token, where it stands for more machines than one: how many."""
+
+    @property
+    def machines(self) -> int:
+        return sum(self.fleets.get(token, 1) for token in self.reserved_usd)
 
     @property
     def committed_usd(self) -> float:
@@ -40,26 +46,33 @@ class BudgetLedger:
     def standing(self) -> Standing:
         return _standing(self._journal.read())
 
-    def reserve(self, token: str, usd: float, now: datetime) -> None:
-        """Set `usd` aside for the machine of `token`; once, however often it is asked. Raises OverBudgetError."""
+    def reserve(self, token: str, usd: float, now: datetime, machines: int = 1) -> None:
+        """Set `usd` aside for the machines of `token`; once, however often it is asked.
+
+        A fleet may ask for more later: then this is what it has in all. Raises OverBudgetError.
+        """
 
         def decide(entries: list[Entry]) -> tuple[str, datetime, dict[str, Any]] | None:
             standing = _standing(entries)
-            if token in standing.reserved_usd:
+            had = standing.reserved_usd.get(token)
+            if had is not None and had >= usd:
                 return None
             cap = self._budget
-            if standing.committed_usd + usd > cap.max_usd + 1e-9:
+            of_others = standing.committed_usd - (had or 0.0)
+            if of_others + usd > cap.max_usd + 1e-9:
                 raise OverBudgetError(
-                    f"budget {cap.name!r}: ${usd:.2f} is the worst case of the next machine, but of ${cap.max_usd:.2f} "
+                    f"budget {cap.name!r}: ${usd:.2f} is the worst case of the next "
+                    f"{'machine' if machines == 1 else f'{machines} machines'}, but of ${cap.max_usd:.2f} "
                     f"${standing.spent_usd:.2f} is spent and ${add_usd(standing.reserved_usd.values()):.2f} reserved; "
                     "raise max_usd, or lower the job's max_run_hours"
                 )
-            if len(standing.reserved_usd) >= cap.max_machines:
+            if had is None and standing.machines + machines > cap.max_machines:
+                too_many = "which is max_machines" if machines == 1 else f"{machines} more would pass max_machines"
                 raise OverBudgetError(
-                    f"budget {cap.name!r}: {len(standing.reserved_usd)} machines live, which is max_machines; "
-                    "wait for one to end, or raise it"
+                    f"budget {cap.name!r}: {standing.machines} machines live, {too_many}"
+                    f"{'' if machines == 1 else f', {cap.max_machines}'}; wait for one to end, or raise it"
                 )
-            return "reserved", now, {"token": token, "usd": usd}
+            return "reserved", now, {"token": token, "usd": usd} | ({} if machines == 1 else {"machines": machines})
 
         self._journal.append_if(decide)
 
@@ -77,10 +90,14 @@ class BudgetLedger:
 def _standing(entries: list[Entry]) -> Standing:
     spent: list[float] = []
     reserved: dict[str, float] = {}
+    fleets: dict[str, int] = {}
     for entry in entries:
         token, usd = entry.fields["token"], entry.fields["usd"]
         if entry.kind == "reserved":
             reserved[token] = usd
+            if "machines" in entry.fields:
+                fleets[token] = entry.fields["machines"]
         elif reserved.pop(token, None) is not None:
+            fleets.pop(token, None)
             spent.append(usd)
-    return Standing(add_usd(spent), reserved)
+    return Standing(add_usd(spent), reserved, fleets)

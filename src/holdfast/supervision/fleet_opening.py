@@ -1,0 +1,68 @@
+"""Opening a fleet's run: everything that can be wrong is found before anything is launched or written."""
+
+from __future__ import annotations
+
+from holdfast.drivers.protocol import Driver
+from holdfast.errors import ConfigError
+from holdfast.ledger.budget import Budget, BudgetLedger
+from holdfast.model import FleetJob
+from holdfast.placement.fleet_policy import LaunchRound
+from holdfast.storage import ObjectStore
+from holdfast.supervision.fleet_run import IDENTITY, FleetRun, fleet_fingerprint
+from holdfast.supervision.opening import RUN_ID
+from holdfast.supervision.preflight import check_job, check_store
+
+
+def open_fleet_run(
+    job: FleetJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
+) -> FleetRun:
+    """Check everything that can be wrong, then return the run, to be entered. Nothing is launched or written before.
+
+    Raises ConfigError with every problem in one message; entering raises RunTakenError when another process has it.
+    """
+    run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
+    check_store(store)
+    check_job(job, driver)  # type: ignore[arg-type]
+    run = FleetRun(job, driver, store, budget, run_id)
+    state = run.read()
+    if state.state == "new":
+        _refuse_what_can_not_begin(run, budget)
+    elif state.fingerprint != fleet_fingerprint(job):
+        raise ConfigError(_difference(run))
+    return run
+
+
+def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
+    job, decision = run.job, run.decide()
+    if not isinstance(decision, LaunchRound):  # nothing was tried yet, so there is nothing to wait for
+        raise ConfigError(f"resources: {decision.reason if decision else 'no machine is asked for'}")
+    if budget is None:
+        return
+    dearest = max(offer.on_demand_usd_per_hour for offer in decision.offers)
+    worst = dearest * job.max_run_hours
+    standing = BudgetLedger(run.store, budget).standing()
+    left = budget.max_usd - standing.committed_usd
+    if worst > left + 1e-9:
+        raise ConfigError(
+            f"budget {budget.name!r}: ${left:.2f} is left of max_usd {budget.max_usd:.2f}, but the fleet may cost "
+            f"${worst:.2f} ({job.max_run_hours:g} machine hours at ${dearest:.3f}/h, the on-demand price); raise max_usd, "
+            "or lower the job's max_run_hours"
+        )
+    if job.machines > budget.max_machines:
+        raise ConfigError(
+            f"machines: {job.machines} are more than max_machines of budget {budget.name!r}, {budget.max_machines}; "
+            "lower the one, or raise the other"
+        )
+
+
+def _difference(run: FleetRun) -> str:
+    before, now = run.state.job, run.job.model_dump(mode="json")
+    for name in IDENTITY:
+        if before.get(name) != now[name]:
+            return (
+                f"run_id {run.run_id!r} belongs to another job: its {name} is {before.get(name)!r}, this one's is "
+                f"{now[name]!r}; use another run_id, or another store"
+            )
+    return f"run_id {run.run_id!r} belongs to another job; use another"

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from xml.sax.saxutils import escape
 
+from moto.autoscaling.models import autoscaling_backends
 from moto.ec2.models import ec2_backends
 from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS
 from moto.iam.models import iam_backends
@@ -153,6 +154,9 @@ class Front:
                 return _json({"Parameter": {"Name": form["Name"], "Type": "String", "Value": self.image_ids[region]}})
             case "GetConsoleOutput":
                 return self._console(form["InstanceId"])
+            case "CreateAutoScalingGroup":
+                if form["AutoScalingGroupName"] in autoscaling_backends[ACCOUNT][region].autoscaling_groups:
+                    return error(service, "AlreadyExists", "AutoScalingGroup by this name already exists", 400)
             case "DeleteLaunchTemplate" if name := form.get("LaunchTemplateName"):
                 if name not in ec2_backends[ACCOUNT][region].launch_template_name_to_ids:
                     words = f"At least one of the launch templates specified in the request does not exist: {name}"

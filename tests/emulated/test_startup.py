@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -30,7 +34,7 @@ from holdfast.model import TrainingJob
 from holdfast.runtime import contract, fetch
 from holdfast.runtime.startup import SHUTDOWN_SCRIPT, startup_script
 from holdfast.storage import ObjectStore, open_store
-from holdfast.supervision.bundle import Bundle, upload_bundle
+from holdfast.supervision.bundle import Bundle, Vendored, obstore, pack, upload_bundle
 from tests.emulated.gcs import GcsEmulator
 from tests.emulated.machine_host import Life, MachineHost
 from tests.emulated.object_stores import S3Emulator
@@ -39,6 +43,8 @@ from tests.emulated.wire import Wire
 T = TypeVar("T")
 POOLS = {"aws": ("eu-west-1", "eu-west-1a", "g5.xlarge"), "gcp": ("europe-west4", "europe-west4-a", "g2-standard-4")}
 WORTHLESS = {"AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST", "AWS_SECRET_ACCESS_KEY": "the-orchestrator's-own"}
+ON_ONE_CLOUD = pytest.mark.parametrize("cloud", ["aws"], indirect=True)
+"""For what no cloud has a part in."""
 PROGRAM = """
 import json, os, sys
 import obstore
@@ -164,7 +170,7 @@ def test_a_machine_fetches_its_bundle_with_its_role_and_runs_the_program(cloud: 
 
 
 MARKS = ["boot-started", "bundle-fetched", "agent-started", "environment-ready", "program-started"]
-PHASES = ["boot", "fetch", "unpack", "agent"]
+PHASES = ["boot", "fetch", "unpack", "agent", "environment"]
 
 
 def test_a_store_that_has_a_bad_minute_delays_the_boot(cloud: Cloud) -> None:
@@ -183,9 +189,54 @@ def test_an_image_without_obstore_uses_the_bundle_s(cloud: Cloud, bare_python: s
     assert cloud.ending and cloud.ending["outcome"] == "finished"
 
 
+@ON_ONE_CLOUD
 def test_an_image_with_obstore_uses_its_own(cloud: Cloud) -> None:
     console = cloud.run(upload_bundle(cloud.job(), cloud.store, "run"))
     assert "/vendor/" not in said(console)["obstore"] and "/vendor/" not in said(console)["PYTHONPATH"]
+
+
+def for_another_platform() -> Vendored:
+    """What an orchestrator of another kind of computer sends: its own obstore, of no use to the machine."""
+    entries = io.BytesIO()
+    with tarfile.open(fileobj=entries, mode="w") as archive:
+        info = tarfile.TarInfo("vendor/macosx-11.0-arm64/obstore/__init__.py")
+        archive.addfile(info, io.BytesIO())
+        end = archive.offset
+    return Vendored(obstore().version, gzip.compress(entries.getvalue()[:end]))
+
+
+def upload(cloud: Cloud, data: bytes) -> Bundle:
+    cloud.store.put("runs/run/bundles/own.tar.gz", data)
+    return Bundle(fetch.object_url(cloud.store.url, "runs/run/bundles/own.tar.gz"), hashlib.sha256(data).hexdigest())
+
+
+@ON_ONE_CLOUD
+def test_a_machine_of_another_platform_installs_the_orchestrator_s_version(
+    cloud: Cloud, bare_python: str, tmp_path: Path
+) -> None:
+    """From a folder in place of PyPI: pip is the real one, the wheel is made of the obstore that is installed here."""
+    subprocess.run([bare_python, "-m", "ensurepip"], check=True, capture_output=True)
+    (tmp_path / "index").mkdir()
+    info = f"obstore-{obstore().version}.dist-info"
+    package = Path(importlib.util.find_spec("obstore").origin).parent  # type: ignore[union-attr, arg-type]
+    with zipfile.ZipFile(tmp_path / "index" / f"obstore-{obstore().version}-py3-none-any.whl", "w") as archive:
+        for path in (path for path in package.rglob("*") if path.suffix in (".py", ".so")):
+            archive.write(path, f"obstore/{path.relative_to(package)}")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: obstore\nVersion: {obstore().version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    cloud.host.environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "index")}
+    bundle = upload(cloud, pack(cloud.job(), for_another_platform()))
+    assert "/work/vendor-pip/" in said(cloud.run(bundle, HOLDFAST_PYTHON=bare_python))["obstore"]
+
+
+@ON_ONE_CLOUD
+def test_a_machine_that_can_have_no_obstore_says_why(cloud: Cloud, bare_python: str) -> None:
+    bundle = upload(cloud, pack(cloud.job(), for_another_platform()))
+    console = cloud.run(bundle, HOLDFAST_PYTHON=bare_python)
+    assert "boot failed in phase agent" in console and "program: " not in console
+    assert cloud.ending and cloud.ending["outcome"] == "program-failed"
+    assert "needs the package obstore" in cloud.ending["log_tail"] and "No module named pip" in cloud.ending["log_tail"]
 
 
 # -- it does not ------------------------------------------------------------------------------------------------------
@@ -318,6 +369,7 @@ def lock(cloud: Cloud, sha256: str = "") -> TrainingJob:
     return cloud.job(environment={"requirements": "lock.txt"})
 
 
+@ON_ONE_CLOUD
 @pytest.mark.parametrize("image", ["with packages", "bare"])
 def test_a_lock_file_is_installed_on_top_of_the_image_s_packages(cloud: Cloud, image: str, bare_python: str) -> None:
     """`with packages`: an image whose Python is an environment itself, as AWS's /opt/pytorch; the program needs both."""
@@ -329,6 +381,7 @@ def test_a_lock_file_is_installed_on_top_of_the_image_s_packages(cloud: Cloud, i
     assert cloud.ending and cloud.ending["outcome"] == "finished", cloud.ending
 
 
+@ON_ONE_CLOUD
 def test_a_lock_file_whose_hash_is_another_ends_the_run_with_pip_s_words(cloud: Cloud) -> None:
     console = cloud.run(upload_bundle(lock(cloud, "0" * 64), cloud.store, "run"))
     assert "program: " not in console
@@ -345,8 +398,9 @@ containers, command = Path("{folder}"), sys.argv[1:]
 with open(containers / "calls", "a") as calls:
     calls.write(json.dumps(command) + "\\n")
 if command[0] == "pull":
-    print("holdfast: step 1 {{}}", flush=True)  # when a test's fate is due
-    time.sleep({pull_seconds})
+    if {pull_seconds}:
+        print("holdfast: step 1 {{}}", flush=True)  # the test's fate is due
+        time.sleep({pull_seconds})
     sys.exit("no such image" if "unknown" in command[1] else 0)
 if command[0] == "kill":
     os.killpg(int((containers / command[1]).read_text()), signal.SIGKILL)
@@ -395,6 +449,7 @@ class Docker:
         return [call for call in map(json.loads, lines) if call[0] == verb]
 
 
+@ON_ONE_CLOUD
 def test_a_program_in_a_container_sees_the_job_s_variables_and_the_machine_s_folder(
     cloud: Cloud, tmp_path: Path
 ) -> None:
@@ -418,6 +473,7 @@ def test_a_program_in_a_container_sees_the_job_s_variables_and_the_machine_s_fol
     assert cloud.ending and cloud.ending["outcome"] == "finished"
 
 
+@ON_ONE_CLOUD
 def test_a_machine_with_gpus_gives_them_to_the_container(cloud: Cloud, tmp_path: Path) -> None:
     docker = Docker(cloud, tmp_path / "docker")
     (tmp_path / "docker" / "nvidia-smi").symlink_to("/bin/true")
@@ -456,6 +512,7 @@ time.sleep(600)
 """
 
 
+@ON_ONE_CLOUD
 def test_a_container_that_does_not_listen_is_killed_by_its_name(cloud: Cloud, tmp_path: Path) -> None:
     docker = Docker(cloud, tmp_path / "docker")
     cloud.write("train.py", DEAF)
@@ -470,6 +527,7 @@ def test_a_container_that_does_not_listen_is_killed_by_its_name(cloud: Cloud, tm
     assert cloud.ending and cloud.ending["report"]["notice"]["kind"] == "lease"
 
 
+@ON_ONE_CLOUD
 def test_a_machine_without_docker_says_so(cloud: Cloud, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("bash", "tar", "gzip", "tee", "date", "uname", "cat", "mkdir", "rm", "awk", "sleep", "wc"):
@@ -480,6 +538,7 @@ def test_a_machine_without_docker_says_so(cloud: Cloud, tmp_path: Path) -> None:
     assert "environment.container is 'torch', and the machine's image has no docker" in cloud.ending["log_tail"]
 
 
+@ON_ONE_CLOUD
 def test_an_image_that_can_t_be_pulled_is_said_with_docker_s_words(cloud: Cloud, tmp_path: Path) -> None:
     Docker(cloud, tmp_path / "docker")
     cloud.run(upload_bundle(cloud.job(environment={"container": "unknown"}), cloud.store, "run"))

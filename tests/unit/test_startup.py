@@ -240,6 +240,13 @@ def test_a_place_that_no_one_can_fetch_from_is_said(tmp_path: Path) -> None:
     assert boot.last_line == "power off"
 
 
+def test_a_machine_that_can_write_nothing_powers_itself_off_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("no folder")
+    boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), HOLDFAST_WORK=str(tmp_path / "full"))
+    assert "boot failed in phase boot" in boot.console
+    assert boot.last_line == "power off"
+
+
 def test_a_damaged_archive_is_said_with_the_archiver_s_words(tmp_path: Path) -> None:
     boot = Boot(tmp_path, *stored(tmp_path / "store", b"no archive at all"))
     assert "boot failed in phase unpack: " in boot.console

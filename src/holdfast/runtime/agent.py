@@ -118,6 +118,7 @@ class Agent:
         name = f"holdfast-{self.run_id}-{self.attempt:04d}"
         self.surroundings = prepare(self.work, self.config, name, self._run_step)
         self._mark("environment-ready")
+        print(f"holdfast: boot environment {self.clock.now():%FT%TZ} ready after {self._steps} steps", flush=True)
 
     def _run_step(self, command: Sequence[str], why: str) -> None:
         """One step of the preparation, which may take minutes: the orchestrator hears of it, and a notice ends it."""

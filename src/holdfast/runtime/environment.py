@@ -202,6 +202,8 @@ def obstore_for(around: Surroundings, work: Path, provided: str | None) -> str |
 
     `provided`: what `provide_obstore` returned.
     """
+    if provided is None and isinstance(around, Image):
+        return None  # the image has it, and an environment on top sees what the image has
     carried = vendor_folder(work)
     folder = provided or (str(carried) if carried.is_dir() else None)
     return None if folder is None or around.has_obstore() else folder

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
-import http.client
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 OLDEST = (3, 11)
 STORE_PAUSES = (0.5, 1, 2, 4, 8, 16, 16)
-METADATA_PAUSES = (0.5, 1, 2, 4)
+METADATA_PAUSES = (0.5, 1, 2)
 """Seconds between tries. A role may reach the metadata some seconds after the machine is up."""
 TAIL_LINES = 50
 
@@ -217,6 +216,8 @@ def persist(
     again: tuple[int, ...] = (),
 ) -> tuple[int, Any, str]:
     """Status, headers and text of the answer; asked again after what may pass. Raises BootError when it does not."""
+    import http.client  # late: half of this program's start, and a folder needs none of it
+
     for pause in [*pauses, None]:
         try:
             if sink:
@@ -238,6 +239,8 @@ def persist(
 
 
 def exchange(method: str, address: str, headers: dict, body: bytes, sink: Any, timeout: float) -> tuple[int, Any, str]:
+    import http.client
+
     parts = urlsplit(address)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)

@@ -15,13 +15,14 @@ note() { echo "$1 ${EPOCHREALTIME:-$(date +%s)}" >> boot.times; }
 begin() { phase="$1"; echo "holdfast: boot $phase $(date -u +%FT%TZ) $2" | tee -a boot.log; }
 finish() {
   status=$?
-  trap - EXIT
+  # Whatever fails here, a full disk for one, the machine must end.
+  set +e
   if [ "$phase" != over ]; then
     problem="boot failed in phase $phase: ${problem:-status $status, see the lines before}"
     echo "holdfast: $problem" | tee -a boot.log
-    if [ -n "$python" ]; then "$python" -I -S fetch.py report "$problem" boot.log boot.times || true; fi
+    if [ -n "$python" ]; then "$python" -I -S fetch.py report "$problem" boot.log boot.times; fi
   fi
-  if [ -n "$watchdog" ]; then kill "$watchdog" || true; fi
+  if [ -n "$watchdog" ]; then kill "$watchdog"; fi
   power_off
 }
 # The machine's own dead-man's switch, for clouds that have none and for a boot that hangs. It asks the agent first.
@@ -34,20 +35,20 @@ watch() {
   kill -KILL "$(cat agent.pid)" $$
 }
 
+trap finish EXIT
+# An orderly shutdown is the agent's to handle; bash waits for it.
+trap : TERM
 mkdir -p "$work"
 cd "$work"
 # What a life before a reboot has left would be taken for this one's.
 rm -f agent.pid boot.log boot.times telemetry.jsonl notice.json
-trap finish EXIT
-# An orderly shutdown is the agent's to handle; bash waits for it.
-trap : TERM
 note boot-started
 begin boot "on $(uname -srm)"
 if [ -n "${HOLDFAST_MAX_RUN_SECONDS:-}" ]; then
   # The local cloud's clock may run faster than the wall's: "origin speed".
   clock="${HOLDFAST_CLOCK:-}" speed=1
   if [ -n "$clock" ]; then speed="${clock##* }"; fi
-  read -r longest grace <<< "$(awk "BEGIN { print $HOLDFAST_MAX_RUN_SECONDS / $speed, 60 / $speed }")"
+  read -r longest grace <<< "$(awk -v s="$HOLDFAST_MAX_RUN_SECONDS" -v k="$speed" 'BEGIN { print s / k, 60 / k }')"
   watch "$longest" "$grace" &
   watchdog=$!
 fi

@@ -199,6 +199,16 @@ def test_a_large_object_travels_in_parts_both_ways(cloud: Cloud) -> None:
     assert store.get_range("large", start, 10) == data[start : start + 10]
 
 
+@pytest.mark.parametrize("action", ["GetObject", "ListObjectsV2"])
+def test_an_answer_cut_off_in_the_middle_is_asked_for_again(cloud: Cloud, action: str) -> None:
+    data, store = some_bytes(1_000_000), cloud.store()
+    store.put("object", data)
+    fault = cloud.wire.inject("cut", when=lambda request: request.action == action, count=2)
+    assert store.get("object") == data
+    assert [info.size_bytes for info in store.list("")] == [len(data)]
+    assert fault.hits == 2
+
+
 def test_a_source_is_sent_while_it_is_read_not_gathered_first(cloud: Cloud) -> None:
     waiting = []
 

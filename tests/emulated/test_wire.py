@@ -99,6 +99,14 @@ def test_reset_never_reaches_the_cloud_and_lost_does(upstream: str) -> None:
         assert [(request.fault, request.status) for request in wire.requests] == [("reset", 0), ("lost", 0)]
 
 
+def test_a_cut_answer_ends_in_the_middle_of_its_body(upstream: str) -> None:
+    with Wire(upstream) as wire:
+        wire.inject("cut")
+        with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
+            put(wire, b"x" * 100_000)
+        assert len(Upstream.seen) == 1
+
+
 def test_random_faults_are_drawn_by_their_seed(upstream: str) -> None:
     def fates(seed: int) -> list[str]:
         with Wire(upstream, probability=0.3, seed=seed) as wire:

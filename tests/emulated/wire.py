@@ -28,9 +28,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
-Kind = Literal["throttle", "error", "reset", "lost", "slow"]
+Kind = Literal["throttle", "error", "reset", "lost", "cut", "slow"]
 """throttle: told to slow down; error: HTTP 500; reset: the connection is reset before the request reaches the cloud;
-lost: the request takes effect, then the connection is reset; slow: the answer comes late."""
+lost: the request takes effect, then the connection is reset; cut: it is reset in the middle of the answer's body; slow:
+the answer comes late."""
 
 KEPT_BODY_BYTES = 65_536
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
@@ -210,7 +211,7 @@ def _handler_of(wire: Wire) -> type[BaseHTTPRequestHandler]:
                 self._reset()
             else:
                 request.status = answer.status
-                self._send(answer)
+                self._send(answer, cut=request.fault == "cut")
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = do_OPTIONS = handle_any
 
@@ -245,7 +246,7 @@ def _handler_of(wire: Wire) -> type[BaseHTTPRequestHandler]:
                 return b"".join(pieces)
             return self.rfile.read(int(self.headers.get("content-length", 0)))
 
-        def _send(self, answer: Answer) -> None:
+        def _send(self, answer: Answer, cut: bool) -> None:
             lines = [f"HTTP/1.1 {answer.status} {http.client.responses.get(answer.status, '')}"]
             lines += [f"{name}: {value}" for name, value in answer.headers if name.lower() != "content-length"]
             size = next((value for name, value in answer.headers if name.lower() == "content-length"), None)
@@ -254,7 +255,13 @@ def _handler_of(wire: Wire) -> type[BaseHTTPRequestHandler]:
             if answer.status not in (204, 304):
                 lines.append(f"Content-Length: {size}")
             body = b"" if self.command == "HEAD" else answer.body
-            self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            data = "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+            if not cut:
+                self.wfile.write(data)
+                return
+            self.wfile.write(data[: len(data) - max(1, len(body) // 2)])
+            time.sleep(0.05)  # what is on its way when a connection is reset may be thrown away
+            self._reset()
 
         def _reset(self) -> None:
             # Lingering for no time makes close() send RST; detaching first, or Python waits for its own files.

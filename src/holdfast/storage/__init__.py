@@ -13,7 +13,7 @@ from holdfast.storage.protocol import ObjectInfo, ObjectStore
 __all__ = ["DirectoryStore", "ObjectInfo", "ObjectStore", "open_store"]
 
 
-def open_store(url: str, *, credentials: Any = None) -> ObjectStore:
+def open_store(url: str, credentials: Any = None) -> ObjectStore:
     """The store that `url` names: a folder, `file://`, `s3://bucket/prefix?region=...&endpoint=...`, `gs://...`.
 
     `credentials`: a boto3 or botocore session for S3, google.auth credentials for GCS; without them the environment's,

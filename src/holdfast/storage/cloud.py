@@ -138,16 +138,16 @@ class CloudStore:
             return []  # no key begins like that
         below = "/".join(part for part in (self._address.prefix, folder) if part)
         cut = len(self._address.prefix) + 1 if self._address.prefix else 0
-        try:
-            found = [
+
+        def found() -> list[ObjectInfo]:
+            return [
                 ObjectInfo(entry["path"][cut:], entry["size"])
                 for page in obstore.list(self._client, below or None, chunk_size=1000)
                 for entry in page
                 if entry["path"][cut:].startswith(prefix)
             ]
-        except Exception as error:
-            raise translated(error, "list", prefix, self._address) from error
-        return sorted(found, key=lambda info: info.key)
+
+        return sorted(self._persist("list", prefix, found), key=lambda info: info.key)
 
     @interruptible
     def delete(self, key: str) -> None:
@@ -205,26 +205,27 @@ class CloudStore:
             raise translated(error, "get", key, self._address) from error
 
     def _read(self, key: str, start: int, stop: int | None) -> bytes:
-        import obstore
-        from obstore.exceptions import PreconditionError
+        path = self._path(key)
+        return self._persist("get", key, lambda: self._read_once(path, start, stop))
 
-        path, at_once = self._path(key), READ_AT_ONCE_PARTS * self._part_bytes
-        ranged = {"range": _range(start, stop if stop is None else min(stop, start + at_once))}
-        whole = start == 0 and stop is None
-        for _ in range(10):
-            try:
-                first = obstore.get(self._client, path, options={} if whole else ranged)
-                end = min(first.meta["size"] if stop is None else stop, first.meta["size"])
-                if end - start <= at_once:
-                    return bytes(first.bytes())
-                return self._read_side_by_side(path, first.meta["e_tag"], start, end)
-            except PreconditionError:
-                continue  # replaced while we read
-            except Exception as error:
-                if status_of(error) == 416:
-                    return b""
-                raise translated(error, "get", key, self._address) from error
-        raise TransientError(f"{self.url}: can't get {key!r}: it is replaced as fast as it is read")
+    def _read_once(self, path: str, start: int, stop: int | None) -> bytes:
+        import obstore
+
+        at_once = READ_AT_ONCE_PARTS * self._part_bytes
+        try:
+            if start == 0 and stop is None:
+                first = obstore.get(self._client, path)
+            else:
+                first = obstore.get(self._client, path, options={"range": _range(start, stop, at_once)})
+            size = first.meta["size"]
+            end = size if stop is None else min(stop, size)
+            if end - start <= at_once:
+                return bytes(first.bytes())
+            return self._read_side_by_side(path, first.meta["e_tag"], start, end)
+        except Exception as error:
+            if status_of(error) == 416:  # it begins behind the end
+                return b""
+            raise
 
     def _read_side_by_side(self, path: str, e_tag: str | None, start: int, end: int) -> bytes:
         import obstore
@@ -232,7 +233,7 @@ class CloudStore:
         def read(at: int) -> Any:
             options: dict[str, Any] = {"range": (at, min(at + self._part_bytes, end))}
             if e_tag:
-                options["if_match"] = e_tag  # parts of two versions would be neither
+                options["if_match"] = e_tag  # else 412, and all again: parts of two versions would be neither
             return obstore.get(self._client, path, options=options).bytes()
 
         with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-read") as pool:
@@ -305,5 +306,5 @@ def _joined(data: Data | Iterable[Data]) -> bytes:
     return bytes(data) if isinstance(data, Data) else b"".join(memoryview(chunk).cast("B") for chunk in data)
 
 
-def _range(start: int, stop: int | None) -> Any:
-    return {"offset": start} if stop is None else (start, stop)
+def _range(start: int, stop: int | None, at_once: int) -> Any:
+    return {"offset": start} if stop is None else (start, min(stop, start + at_once))

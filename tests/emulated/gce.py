@@ -12,8 +12,10 @@ Billing, Cloud Logging and Resource Manager is here too. While it is open no con
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -31,6 +33,7 @@ from google.oauth2.credentials import Credentials
 from google.protobuf import json_format
 
 from holdfast.drivers.gcp import GcpConfig, GcpDriver
+from holdfast.drivers.local import machine_files as files
 from holdfast.drivers.local.config import Fate
 from tests.emulated.machine_host import MachineHost
 from tests.emulated.wire import compute_action
@@ -173,6 +176,8 @@ class GceEmulator:
         self.tokens_seen: set[str] = set()
         self.leaks: list[str] = []
         """Hosts that somebody tried to reach outside."""
+        self.faults: list[str] = []
+        """What the emulator could not answer: its own shortcomings."""
         # What tests may change at any time:
         self.refusal_form: Literal["operation", "http"] = "operation"
         self.stockout_code = "ZONE_RESOURCE_POOL_EXHAUSTED"
@@ -225,6 +230,7 @@ class GceEmulator:
         self.host.stop_all()
         socket.getaddrinfo = self._getaddrinfo
         assert not self.leaks, f"requests left for {', '.join(self.leaks)}"
+        assert not self.faults, f"the emulator could not answer: {'; '.join(self.faults)}"
 
     def _only_loopback(self, host: Any, *arguments: Any, **named: Any) -> Any:
         if host not in ("127.0.0.1", "localhost", "::1", None, b"127.0.0.1"):
@@ -277,6 +283,17 @@ class GceEmulator:
     @property
     def groups(self) -> list[str]:
         return sorted(self._groups)
+
+    def fail_host(self, name: str) -> None:
+        """The machine below the instance dies at once, with everything on it."""
+        host = files.read_json(self.host.folder / self.host_id(name) / files.RUNNING)
+        assert host
+        os.kill(host["pid"], signal.SIGKILL)
+
+    def age(self, name: str, seconds: float) -> None:
+        """As if the instance had been made so much earlier."""
+        with self._lock:
+            next(one for one in self._instances.values() if one.message.name == name).made_at -= seconds
 
     def forget_requests(self) -> None:
         """Repeated request ids are new ones from now on, as after some time with the real one."""
@@ -471,7 +488,8 @@ class GceEmulator:
                 return _json(found)
             handle = getattr(self, "_do_" + action.replace(".", "_"), None)
             if handle is None or action not in PERMISSIONS:
-                raise Refused(404, "notFound", f"The emulator has no {action} ({method} {where})")
+                self.faults.append(f"{action} is not served ({method} {where})")
+                raise Refused(501, "notImplemented", self.faults[-1])
             try:
                 answered = handle(segments, query, body)
             except Refused as refused:
@@ -954,7 +972,9 @@ def _action(method: str, path: str) -> tuple[str, list[str], str]:
     """The method's name as Google gives it, the path's parts after the project, the project."""
     if compute := re.match(r"/compute/v1/projects/([^/]+)/(.+)", path):
         segments = compute[2].split("/")
-        return compute_action(method, segments), segments, compute[1]
+        action = compute_action(method, segments)
+        # The one method whose path does not say its name.
+        return action.replace(".serialPort", ".getSerialPortOutput"), segments, compute[1]
     if re.fullmatch(r"/v1/services/[\w-]+/skus", path):
         return "cloudbilling.skus.list", [], ""
     if path == "/v2/entries:list":
@@ -1098,7 +1118,8 @@ def _handler_of(emulator: GceEmulator) -> type[BaseHTTPRequestHandler]:
                 said = {"message": refused.message, "domain": "global", "reason": refused.reason}
                 answer = {"error": {"code": status, "message": refused.message, "errors": [said]}}
             except Exception as error:  # the emulator's own fault: no test may take it for the cloud's
-                status, answer = 400, {"error": {"code": 400, "message": f"EMULATOR BUG {error!r}", "errors": []}}
+                emulator.faults.append(f"{self.command} {self.path}: {error!r}")
+                status, answer = 400, {"error": {"code": 400, "message": emulator.faults[-1], "errors": []}}
             data = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json; charset=UTF-8")

@@ -55,6 +55,7 @@ class GcpDriver:
         self.api = ComputeApi(config, credentials)
         self.market = Market(self.api, self.clock)
         self._machines = Machines(self.api, self.clock)
+        self._warned_of_logging = False
 
     def check(self) -> None:
         """Two calls: the first region, which also proves project and credentials, and the image."""
@@ -196,7 +197,8 @@ class GcpDriver:
     def console(self, machine_id: str, pool: CapacityPool) -> str:
         known = self._machines.known(machine_id)
         ended = known is not None and known.over
-        if not ended and (said := read_serial_port(self.api, name_of(machine_id), pool.zone)):
+        said = "" if ended else read_serial_port(self.api, name_of(machine_id), pool.zone)
+        if said or (known and not ended):
             return said
         remembered = known.console if known else ""
         if not known or not known.instance_id or not self.config.console_logging:
@@ -205,6 +207,8 @@ class GcpDriver:
             logged = read_logged(self.api, known.instance_id, known.machine.launched_at)
         except HoldfastError as error:
             # A comfort, and often not permitted: a run does not wait for it.
-            log.warning("console is not to be had from Cloud Logging machine=%s %s", machine_id, error)
+            if not self._warned_of_logging:
+                log.warning("consoles of ended machines are not to be had from Cloud Logging: %s", error)
+                self._warned_of_logging = True
             return remembered
         return max(remembered, logged, key=len)

@@ -212,7 +212,7 @@ class Machines:
         described = described_instance(instance)
         known = self._known.get(described.id)
         if known is None or known.from_log:
-            known = Known(described, of_group="." in described.id)
+            known = Known(dataclasses.replace(described, state="pending"), of_group="." in described.id)
             self._known[described.id] = known
         known.instance_id, known.status, known.shown = str(instance.id), instance.status, True
         known.ours = known.ours or ours or described.tags.get("holdfast-run") in self._runs_asked_for

@@ -722,6 +722,13 @@ class GceEmulator:
             zone = zones[number % len(zones)]
             one = _from_properties(asked.instance_properties, name, zone)
             self._check(one, zone)
+            try:
+                self._check_quota(one, zone)
+            except Refused as refused:
+                for instance in made:
+                    self._begin_deletion(instance)
+                self._fail(operation, 403, "QUOTA_EXCEEDED", refused.message)
+                return operation
             fate = self.host.next_fate("spot" if one.scheduling.provisioning_model == "SPOT" else "on-demand")
             if fate.refuse:
                 refusals.append(zone)

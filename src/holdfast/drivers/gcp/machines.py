@@ -41,6 +41,8 @@ HISTORY_SECONDS = 5.0
 OTHERS_SECONDS = 300.0
 """How long a stopped machine is left to whoever launched it, who may still want its console."""
 CLEAR_AGAIN_SECONDS = 60.0
+TIDY_SECONDS = 5.0
+"""What one description may spend on consoles, and on deletions: everybody waits for it. The next one goes on."""
 KEPT_HOURS = 24.0
 
 STATES: dict[str, MachineState] = {
@@ -311,7 +313,10 @@ class Machines:
 
     def _keep_consoles(self) -> None:
         """The serial port is gone with the instance: what it said is read while it is going."""
+        give_up_at = time.monotonic() + TIDY_SECONDS
         for known in self._chosen(lambda known: known.ours and known.machine.state == "stopping"):
+            if time.monotonic() > give_up_at:
+                break
             pool = known.machine.pool
             try:
                 if said := read_serial_port(self._api, name_of(known.machine.id), pool.zone):
@@ -335,7 +340,10 @@ class Machines:
             stopped_at = known.stopped_at or known.machine.terminated_at or now
             return known.ours or now - stopped_at > timedelta(seconds=OTHERS_SECONDS)
 
+        give_up_at = time.monotonic() + TIDY_SECONDS
         for known in self._chosen(may_go):
+            if time.monotonic() > give_up_at:
+                break
             machine = known.machine
             try:
                 self._api.ask(

@@ -24,9 +24,10 @@ from holdfast.ledger.billing import add_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Journal
 from holdfast.model import FleetJob, Resources
-from holdfast.runtime.contract import journal_prefix
+from holdfast.runtime.contract import journal_prefix, lease_key
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.fleet_opening import open_fleet_run
+from holdfast.supervision.reap import reap
 from tests.chaos.runs import assert_nothing_left, cloud, wait_until
 from tests.conftest import PROGRAMS
 
@@ -231,3 +232,22 @@ def test_an_interrupted_fleet_ends_its_machines_settles_and_publishes(
     assert summary["state"] == "cancelled"
     assert Counter(member["outcome"] for member in summary["members"]) == {"cancelled": 3}
     assert_adds_up(summary, driver)
+
+
+def test_the_reaper_ends_a_maintained_fleet_that_nobody_owns_and_nothing_replaces_its_machines(
+    folder: Path, store: DirectoryStore
+) -> None:
+    driver = cloud(folder, [])
+    job = fleet_job(folder, seconds=600, machines=2, kind="maintained", max_run_hours=5)
+    run = open_fleet_run(job, driver, store, None, "crowd")
+    with run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        run.launch()
+        assert reap(driver, store) == []  # it has an owner
+    assert reap(driver, store) == []  # its run may be taken up again: the lease lasts
+    lease = json.loads(store.get(lease_key("crowd")))
+    store.put(lease_key("crowd"), json.dumps({**lease, "expires_at": driver.clock.now().isoformat()}).encode())
+    assert next(reaped.machine for reaped in reap(driver, store)) == "fleet crowd-fleet-1"
+    wait_until(lambda: all(machine.state == "terminated" for machine in driver.machines({})))
+    assert driver.fleets({}) == [] and len(driver.machines({})) == 2
+    assert_nothing_left(driver)

@@ -65,3 +65,13 @@ def test_a_file_says_which_job_it_holds(tmp_path: Path) -> None:
         load_job(fleet)
     with pytest.raises(ConfigError, match="none of machines, spot_share, kind, so it is a TrainingJob"):
         load_fleet_job(training)
+
+
+def test_every_field_of_a_fleet_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs/fleets.md").read_text()
+    assert [name for name in FleetJob.model_fields if f"`{name}`" not in page] == []
+
+
+def test_the_example_is_a_fleet() -> None:
+    job = load_fleet_job(Path(__file__).parents[2] / "examples/fleet.yaml")
+    assert (job.machines, job.spot_share, job.kind) == (5, 0.8, "instant")

@@ -99,6 +99,10 @@ def decide_round(situation: FleetSituation) -> LaunchRound | Wait | GiveUp | Non
         fell_back = bool(situation.rounds) and situation.rounds[-1].spot > 0
         why = f"spot was refused or taken in {failed} rounds in a row: {spot + on_demand} on-demand machines instead"
         spot, on_demand = 0, spot + on_demand
+    elif spot and not _within_quota(situation, "spot") and _within_quota(situation, "on-demand"):
+        fell_back = bool(situation.rounds) and situation.rounds[-1].spot > 0
+        why = f"no spot pool is within the account's quota: {spot + on_demand} on-demand machines instead"
+        spot, on_demand = 0, spot + on_demand
     return _where(situation, spot, on_demand, why, fell_back)
 
 
@@ -129,8 +133,7 @@ def _where(
     for model in asked:
         if not asked[model]:
             continue
-        offers = _within_quota(situation, model)
-        if not offers:
+        if not (offers := _within_quota(situation, model)):
             details = "; quota was refused for the others" if _of_quota(situation) else ""
             return GiveUp(f"no {model} pool fits the job's resources{details}")
         fresh, until = _fresh(situation, offers)

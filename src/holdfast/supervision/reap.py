@@ -27,15 +27,25 @@ class Reaped:
 def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
     """Terminate every machine of this store's runs whose run has no live owner and whose lease is over.
 
-    Machines of other stores are left alone: their leases can't be read from here. One machine that can't be judged or
+    Maintained fleets first: what is left of one would be replaced. Machines of other stores are left alone: their leases can't be read from here. One machine that can't be judged or
     ended does not keep the others alive; raises TransientError for it when they have had their turn.
     """
     reaped, failures = [], []
+    for fleet in driver.fleets({"holdfast-store": store_tag(store.url)}):
+        run_id = fleet.tags.get("holdfast-run", "")
+        try:
+            if why := _why_orphaned(run_id, driver, store):
+                driver.end_fleet(fleet.token, fleet.region)
+                log.warning("orphan ended fleet=%s why=%s", fleet.token, why)
+                reaped.append(Reaped(machine=f"fleet {fleet.token}", run_id=run_id, pool=fleet.region, why=why))
+        except (HoldfastError, OSError, ValueError, KeyError) as error:
+            log.error("fleet=%s can't be judged or ended: %r", fleet.token, error)
+            failures.append(f"fleet {fleet.token}: {error!r}")
     for machine in driver.machines({"holdfast-store": store_tag(store.url)}):
         if machine.state == "terminated":
             continue
         try:
-            if why := _why_orphaned(machine, driver, store):
+            if why := _why_orphaned(_run_of(machine), driver, store):
                 driver.terminate(machine.id, machine.pool)
                 log.warning("orphan terminated machine=%s why=%s", machine.id, why)
                 reaped.append(Reaped(machine=machine.id, run_id=_run_of(machine), pool=str(machine.pool), why=why))
@@ -43,12 +53,11 @@ def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
             log.error("machine=%s can't be judged or ended: %r", machine.id, error)
             failures.append(f"{machine.id}: {error!r}")
     if failures:
-        raise TransientError(f"{len(failures)} machines can't be judged or ended: {'; '.join(failures)}")
+        raise TransientError(f"{len(failures)} machines or fleets can't be judged or ended: {'; '.join(failures)}")
     return reaped
 
 
-def _why_orphaned(machine: Machine, driver: Driver, store: ObjectStore) -> str:
-    run_id = _run_of(machine)
+def _why_orphaned(run_id: str, driver: Driver, store: ObjectStore) -> str:
     if Ownership(store, run_id).has_live_owner():
         return ""
     try:

@@ -64,8 +64,7 @@ class GcsEmulator:
         self.bearers_seen: set[str] = set()
         self.page_size = 1000
         self._generations, self._lock = itertools.count(1), threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), _handler_of(self))
         self.host = f"127.0.0.1:{self._server.server_address[1]}"
         self.endpoint = f"http://{self.host}"
 
@@ -194,6 +193,14 @@ class GcsEmulator:
     def new_token(self) -> str:
         self.tokens.append("ya29.test-" + secrets.token_urlsafe(16))
         return self.tokens[-1]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that does not want the rest of an answer goes away."""
 
 
 def _etag(data: bytes) -> str:

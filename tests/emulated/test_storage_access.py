@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +111,20 @@ def test_what_the_environment_adds_is_in_the_url_that_a_machine_is_given() -> No
     assert Address.parse("gs://bucket", {"STORAGE_EMULATOR_HOST": "h:1"}).options == {"endpoint": "http://h:1"}
 
 
+def test_the_url_wins_over_the_environment(
+    s3: S3Emulator, gcs: GcsEmulator, key_in_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("AWS_BUCKET", "AWS_BUCKET_NAME", "GOOGLE_BUCKET", "GOOGLE_BUCKET_NAME"):
+        monkeypatch.setenv(name, "another")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    for emulator, credentials in ((s3, None), (gcs, GoogleCredentials(gcs))):
+        open_store(emulator.url("bucket"), credentials).create("k", b"x")
+        assert emulator.contents("bucket") == {"k": b"x"}
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -140,8 +156,24 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
 
 def test_without_obstore_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(ConfigError, match=r"pip install 'holdfast\[obstore\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'obstore>=0\.12'"):
         open_store("s3://bucket/p")
+
+
+def test_a_forked_child_is_told_so_instead_of_hanging(gcs: GcsEmulator) -> None:
+    store = open_store(gcs.url("bucket"), credentials=GoogleCredentials(gcs))
+    store.put("k", b"x")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for use in (lambda: store.get("k"), lambda: open_store(gcs.url("bucket"))):
+                with pytest.raises(ConfigError, match=r"forked.*spawn"):
+                    use()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # -- credentials ------------------------------------------------------------------------------------------------------
@@ -311,6 +343,20 @@ def test_a_store_out_of_reach_is_transient_and_says_why(key_in_environment: None
     for call in VERBS.values():
         with pytest.raises(TransientError, match="Connection refused"):
             call(store)
+
+
+def test_a_busy_store_is_not_taken_for_bad_credentials_whatever_its_objects_are_called(
+    s3: S3Emulator, gcs: GcsEmulator, key_in_environment: None
+) -> None:
+    for emulator, credentials in ((s3, None), (gcs, GoogleCredentials(gcs))):
+        with Wire(emulator.endpoint) as wire:
+            address = Address.parse(emulator.url("bucket", "latest/oauth2", wire.url))
+            store = CloudStore(address, credentials, retry_seconds=0.3)
+            wire.inject("throttle", count=math.inf)
+            for verb in VERBS.values():
+                with pytest.raises(TransientError) as busy:
+                    verb(store)
+                assert type(busy.value) is TransientError
 
 
 def test_an_object_damaged_on_its_way_is_sent_again_by_the_caller(s3: S3Emulator, key_in_environment: None) -> None:

@@ -8,11 +8,14 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.errors import AlreadyExistsError, NotFoundError, TransientError
+from holdfast.ledger.journal import Journal
 from holdfast.storage.address import Address
 from holdfast.storage.cloud import PARTS_AT_ONCE, CloudStore
 from tests.emulated.gcs import GcsEmulator
@@ -182,6 +185,22 @@ def test_with_a_fifth_of_all_calls_failing_every_verb_does_what_it_says(cloud: C
     cloud.wire.heal()
     assert cloud.emulator.contents(BUCKET) == {f"p/{key}": data for key, data in expected.items()}
     assert sum(bool(request.fault) for request in cloud.wire.requests) > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_journal_and_its_checkpoints_stay_true_while_a_fifth_of_all_calls_fail(cloud: Cloud, seed: int) -> None:
+    cloud.wire.probability, cloud.wire._random = 0.2, random.Random(seed)
+    store = cloud.store(retry_seconds=30)
+    journal, checkpoints = Journal(store, "runs/r/journal/"), Checkpoints(store, "r")
+    for step in range(1, 11):
+        checkpoints.commit(CheckpointId(1, step), {"weights": [bytes([step]) * 1000]}, {"step": step})
+        assert journal.append("committed", datetime.now(UTC), step=step).number == step
+    cloud.wire.heal()
+    entries = Journal(cloud.store(), "runs/r/journal/").read()
+    assert [entry.fields["step"] for entry in entries] == list(range(1, 11))
+    for one in checkpoints.committed():
+        assert checkpoints.read(one, checkpoints.manifest(one), "weights") == bytes([one.step]) * 1000
+    assert len(checkpoints.committed()) == 10
 
 
 # -- large objects ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from holdfast.errors import AlreadyExistsError, ConfigError, CredentialsError, NotFoundError, TransientError
 from holdfast.storage.address import Address
-from holdfast.storage.cloud_clients import client
+from holdfast.storage.cloud_clients import check_process, client
 from holdfast.storage.cloud_errors import code_of, status_of, translated
 from holdfast.storage.interruptible import interruptible
 from holdfast.storage.keys import check_key, is_key
@@ -124,7 +124,8 @@ class CloudStore:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` -1: to the end."""
         if length == 0:
-            self._attributes(key, self._path(key))
+            path = self._path(key)
+            self._persist("get", key, lambda: self._attributes(key, path))
             return b""
         return self._read(key, start, None if length < 0 else start + length)
 
@@ -170,6 +171,7 @@ class CloudStore:
         self, verb: str, key: str, attempt: Callable[[], T], may_again: Callable[[], bool] = lambda: True
     ) -> T:
         """`attempt` until it succeeds, is refused, or time is up: obstore repeats only what it takes for harmless."""
+        check_process()
         give_up_at = time.monotonic() + self._retry_seconds
         pause = 0.2
         while True:

@@ -14,6 +14,7 @@ from holdfast.storage.address import Address
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
 
+OLDEST_OBSTORE = "0.12"
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 60.0
 """One part of 16 MB must be through in this time, so 3 Mbit/s for each of the connections."""
@@ -28,6 +29,18 @@ NATIVE = (
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
+_process_of_obstore: int | None = None
+
+
+def check_process() -> None:
+    """Raises ConfigError in a child forked from a process that used obstore: its threads are gone, calls would hang."""
+    if _process_of_obstore not in (None, os.getpid()):
+        raise ConfigError(
+            f"process {os.getpid()} was forked from {_process_of_obstore}, which has used S3 or GCS; its child can't: "
+            "start it anew (multiprocessing's method 'spawn'), or fork before the store is opened"
+        )
+
+
 def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store | GCSStore:
     """Raises ConfigError: obstore is missing, or an option is none that it knows."""
     try:
@@ -36,8 +49,11 @@ def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store 
     except ImportError as error:
         raise ConfigError(
             f"store {address.url!r} needs the package obstore, which this Python does not have; "
-            f"pip install 'holdfast[obstore]' ({error})"
+            f"pip install 'obstore>={OLDEST_OBSTORE}' ({error})"
         ) from error
+    global _process_of_obstore
+    check_process()
+    _process_of_obstore = os.getpid()
     common = {
         "client_options": {
             "allow_http": True,  # an endpoint's scheme is the user's to choose; without one it is https
@@ -64,11 +80,16 @@ def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store 
 
 
 def _s3_options(address: Address, credentials: Any, environment: Mapping[str, str]) -> dict[str, Any]:
-    options: dict[str, Any] = {"region": address.options.get("region", "us-east-1")}
-    # One DELETE for one object: not every server that speaks S3 has DeleteObjects.
-    options["disable_bulk_delete"] = True
+    # What is said here, obstore does not look up in the environment.
+    options: dict[str, Any] = {
+        "region": address.options.get("region", "us-east-1"),
+        "conditional_put": "etag",
+        "virtual_hosted_style_request": False,
+        # One DELETE for one object: not every server that speaks S3 has DeleteObjects.
+        "disable_bulk_delete": True,
+    }
     if endpoint := address.options.get("endpoint"):
-        options["endpoint"] = endpoint
+        options["endpoint"] = options["aws_endpoint_url_s3"] = endpoint
     if (checksum := address.options.get("checksum", "sha256")) != "none":
         options["checksum_algorithm"] = checksum
     # botocore reads another variable than object_store does. Whoever redirects one means both.

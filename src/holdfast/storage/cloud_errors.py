@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote, urlsplit
 
 from holdfast.errors import ConfigError, CredentialsError, HoldfastError, NotFoundError, TransientError
 from holdfast.storage.address import Address
@@ -32,9 +33,6 @@ PASSING = {
 }
 OTHER_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 PASSING_STATUS = {408, 409, 412, 425, 429}
-TOKEN_SOURCES = ("/latest/api/token", "/latest/meta-data/", "computeMetadata", "oauth2", "sts.", "/v2/credentials")
-"""In the address that failed: it was asked for credentials, not for an object."""
-
 ACTIONS = {
     "put": ("s3:PutObject", "storage.objects.create"),
     "create": ("s3:PutObject", "storage.objects.create"),
@@ -68,7 +66,7 @@ def translated(error: Exception, verb: str, key: str, address: Address) -> Holdf
         code in CREDENTIALS
         or status == 401
         or type(error).__name__ == "UnauthenticatedError"
-        or _asked_for_token(error)
+        or _asked_for_token(error, address)
     ):
         remedy = (
             "set this computer's clock" if code == "RequestTimeTooSkewed" else "renew them, or give the machine a role"
@@ -108,9 +106,10 @@ def _needed(verb: str, address: Address) -> str:
     return f"the account needs {s3} on bucket {address.bucket!r}; add to its policy: {policy}{also}"
 
 
-def _asked_for_token(error: BaseException) -> bool:
+def _asked_for_token(error: BaseException, address: Address) -> bool:
+    """Did a metadata or a token service fail? Then the bucket is not in the path; sensitive addresses are left out."""
     asked = re.search(r"Error performing \w+ (\S+) in ", str(error))
-    return bool(asked and any(source in asked[1] for source in TOKEN_SOURCES))
+    return bool(asked and address.bucket not in unquote(urlsplit(asked[1]).path).split("/"))
 
 
 def _short(error: BaseException) -> str:

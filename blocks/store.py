@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlencode
 
+import boto3
+import google.auth
+from google.auth.exceptions import DefaultCredentialsError
 from prefect.blocks.core import Block
 from prefect_aws import S3Bucket
 from prefect_gcp.cloud_storage import GcsBucket
@@ -13,6 +16,7 @@ from pydantic import Field, model_validator
 
 from blocks.credentials import aws_session
 from blocks.loading import load_saved
+from holdfast.errors import ConfigError
 from holdfast.storage import ObjectStore, open_store
 from holdfast.supervision.doctor import examine_store, to_text
 
@@ -55,7 +59,7 @@ class CheckpointStore(Block):
             credentials = gcs.gcp_credentials.get_credentials_from_service_account()
             return open_store(_url("gs", gcs.bucket, gcs.bucket_folder, {}), credentials=credentials)
         url = self.url or DEFAULT_URL
-        return open_store(url if "://" in url else str(Path(url).absolute()))
+        return open_store(url if "://" in url else str(Path(url).absolute()), credentials=_found_here(url))
 
     def check(self) -> str:
         """One screen: every right that a run needs of its store, and whether it is there."""
@@ -65,6 +69,22 @@ class CheckpointStore(Block):
 def load_store(name: str) -> CheckpointStore:
     """The saved store block of that name; `local` works unsaved. Raises ConfigError."""
     return load_saved(name, "store", [CheckpointStore], {"local": CheckpointStore})
+
+
+def _found_here(url: str) -> Any:
+    """What boto3 and Google's libraries find on this computer: profiles, single sign-on, application-default files."""
+    if url.startswith("s3://"):
+        return boto3.Session()
+    if url.startswith("gs://"):
+        try:
+            credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
+        except DefaultCredentialsError as error:
+            raise ConfigError(
+                f"store: {url!r} needs Google credentials, and this computer has none: {error}; run gcloud auth "
+                "application-default login, or use a GCS bucket block with a key"
+            ) from error
+        return credentials
+    return None
 
 
 def _url(scheme: str, bucket: str, folder: str, query: dict[str, str | None]) -> str:

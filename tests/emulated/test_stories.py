@@ -1,0 +1,78 @@
+"""The main job's story on AWS and on GCP, through boto3 and google-cloud-compute, over HTTP, on machines that really run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers.local.config import Fate
+from holdfast.drivers.several import SeveralDrivers
+from holdfast.model import Fallback, Resources
+from tests.chaos.runs import assert_lost_steps_were_trained_again, carry, light_job, outcomes
+from tests.emulated.runs import (
+    ACCOUNTS,
+    SMALL,
+    Account,
+    Open,
+    assert_nothing_left,
+    assert_totals_are_right,
+    aws_account,
+    gcp_account,
+    small_job,
+)
+
+
+@pytest.fixture(params=ACCOUNTS)
+def opened(request: pytest.FixtureRequest, folder: Path, prefect_api: str) -> Iterator[Open]:
+    with ExitStack() as stack:
+        yield lambda *fates, **more: stack.enter_context(ACCOUNTS[request.param](folder, fates, **more))
+
+
+def test_three_failed_spot_attempts_then_on_demand_in_another_zone(opened: Open, folder: Path) -> None:
+    account: Account = opened(Fate(refuse=True), Fate(at_step=4, notice=False), Fate(refuse=True))
+    job = small_job(account, folder, fallback=Fallback(), steps=60)
+    _, summary = carry(job, account.driver(), account.open_store(), "story")
+    assert outcomes(summary) == [
+        ("spot", "no-capacity"),
+        ("spot", "preempted"),
+        ("spot", "no-capacity"),
+        ("on-demand", "finished"),
+    ]
+    zones = [attempt["zone"] for attempt in summary["attempts"]]
+    assert zones[3] != zones[2] and zones[1] != zones[0]
+    assert summary["steps_total"] == 60
+    assert_lost_steps_were_trained_again(summary, folder, account.name)
+    assert_totals_are_right(summary, account)
+    assert_nothing_left(account)
+
+
+def test_a_notice_is_heard_on_the_machine_and_loses_no_step(opened: Open, folder: Path) -> None:
+    account: Account = opened(Fate(at_step=25, notice=True))
+    job = small_job(account, folder)
+    _, summary = carry(job, account.driver(), account.open_store(), "noticed")
+    assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]
+    assert summary["attempts"][0]["notice"] == "preemption"
+    assert summary["lost_steps"] == 0
+    assert_totals_are_right(summary, account)
+    assert_nothing_left(account)
+
+
+def test_a_run_that_began_on_aws_goes_on_on_gcp_from_the_same_checkpoint(folder: Path, prefect_api: str) -> None:
+    with (
+        aws_account(folder, [Fate(at_step=55, notice=False), Fate(refuse=True), *[Fate(refuse=True)] * 9]) as aws,
+        gcp_account(folder) as gcp,
+    ):
+        resources = Resources(instance_types=list(SMALL.values()), regions=["us-east-1", "us-central1"])
+        job = light_job(folder, "wanderer", resources=resources)
+        driver = SeveralDrivers([aws.driver(), gcp.driver()])
+        # GCP's machines reach AWS' bucket by their own role, which AWS' trusts.
+        _, summary = carry(job, driver, gcp.open_store(), "wanderer")
+        clouds = [attempt["cloud"] for attempt in summary["attempts"] if attempt["machine"]]
+        assert summary["state"] == "finished" and set(clouds) == {"aws", "gcp"}, json.dumps(summary, indent=1)
+        assert_lost_steps_were_trained_again(summary, folder, "wanderer")
+        for account in (aws, gcp):
+            assert_nothing_left(account)

@@ -561,6 +561,7 @@ class GceEmulator:
             startup_script=items.get("startup-script", ""),
             shutdown_script=items.get("shutdown-script", ""),
             fate=fate,
+            name=asked.name,
         )
         return instance
 

@@ -75,12 +75,14 @@ class MachineHost:
         startup_script: str,
         shutdown_script: str = "",
         fate: Fate | None = None,
+        name: str = "",
     ) -> None:
-        """Boot the machine; returns at once."""
+        """Boot the machine; returns at once. `name`: as its metadata tell it, where that is not its id."""
         machine = self.folder / machine_id
         machine.mkdir()
         spec: dict[str, Any] = {
             "id": machine_id,
+            "name": name,
             "token": machine_id,
             "pool": {
                 "cloud": self.dialect,

@@ -46,6 +46,7 @@ class Host:
             region=self.spec["pool"]["region"],
             instance_type=self.spec["pool"]["instance_type"],
             user_data=self.spec["startup_script"],
+            name=self.spec.get("name", ""),
             attributes={
                 "startup-script": self.spec["startup_script"],
                 "shutdown-script": self.spec["shutdown_script"],

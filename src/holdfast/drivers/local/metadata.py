@@ -32,6 +32,8 @@ class Facts:
     region: str
     instance_type: str
     user_data: str
+    name: str = ""
+    """Of a GCP instance, where it is not the id."""
     attributes: dict[str, str] = field(default_factory=dict)
     reclaim_at: datetime | None = None
     rebalance_at: datetime | None = None
@@ -172,7 +174,7 @@ class GcpHandler(_Handler):
             case ["instance", "id"]:
                 return facts.machine_id
             case ["instance", "name"]:
-                return facts.machine_id
+                return facts.name or facts.machine_id
             case ["instance", "zone"]:
                 return f"projects/0/zones/{facts.zone}"
             case ["instance", "machine-type"]:

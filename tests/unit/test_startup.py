@@ -324,3 +324,36 @@ def test_the_switch_does_not_outlive_the_boot(tmp_path: Path) -> None:
     boot = Boot(tmp_path, *stored(tmp_path / "store", bundle()), HOLDFAST_MAX_RUN_SECONDS="3000")
     assert boot.console.count("power off") == 1
     assert boot.seconds < 20  # its sleep would hold the console open
+
+
+def test_a_console_that_nobody_reads_any_more_does_not_disarm_it(tmp_path: Path) -> None:
+    """As Google's runner of start-up scripts does after a line of 64 KiB: it closes its end, and goes on waiting."""
+    agent = "import os, time\nopen('agent.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    url, sha256 = stored(tmp_path / "store", bundle(agent))
+    off = tmp_path / "off"
+    environment = {
+        "HOLDFAST_BUNDLE": url,
+        "HOLDFAST_BUNDLE_SHA256": sha256,
+        "HOLDFAST_STORE": (tmp_path / "reports").as_uri(),
+        "HOLDFAST_RUN": "run",
+        "HOLDFAST_ATTEMPT": "1",
+        "HOLDFAST_MAX_RUN_SECONDS": "2",
+    }
+    machine = subprocess.Popen(
+        ["bash", "-c", startup_script(environment)],
+        cwd=tmp_path,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOLDFAST_POWER_OFF": f"touch {off}",
+            "HOLDFAST_PYTHON": sys.executable,
+            "HOLDFAST_CONSOLE": str(tmp_path / "console"),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert machine.stdout
+    while b"boot agent" not in machine.stdout.readline():
+        assert machine.poll() is None
+    machine.stdout.close()
+    machine.wait(30)
+    assert off.exists()

@@ -118,12 +118,16 @@ class Agent:
         name = f"holdfast-{self.run_id}-{self.attempt:04d}"
         self.surroundings = prepare(self.work, self.config, name, self._run_step)
         self._mark("environment-ready")
-        print(f"holdfast: boot environment {self.clock.now():%FT%TZ} ready after {self._steps} steps", flush=True)
+        self._say_environment(f"ready after {self._steps} steps")
+
+    def _say_environment(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a console that is gone
+            print(f"holdfast: boot environment {self.clock.now():%FT%TZ} {text}", flush=True)
 
     def _run_step(self, command: Sequence[str], why: str) -> None:
         """One step of the preparation, which may take minutes: the orchestrator hears of it, and a notice ends it."""
         self._steps += 1
-        print(f"holdfast: boot environment {self.clock.now():%FT%TZ} {shlex.join(command)}", flush=True)
+        self._say_environment(shlex.join(command))
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )

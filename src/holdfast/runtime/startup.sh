@@ -12,7 +12,7 @@ power_off() {
   if [ -n "${HOLDFAST_POWER_OFF:-}" ]; then $HOLDFAST_POWER_OFF; else shutdown -h now || poweroff -f; fi
 }
 note() { echo "$1 ${EPOCHREALTIME:-$(date +%s)}" >> boot.times; }
-begin() { phase="$1"; echo "holdfast: boot $phase $(date -u +%FT%TZ) $2" | tee -a boot.log; }
+begin() { phase="$1"; echo "holdfast: boot $phase $(date -u +%FT%TZ) $2" | tee -a boot.log || true; }
 finish() {
   status=$?
   # Whatever fails here, a full disk for one, the machine must end.
@@ -29,13 +29,15 @@ finish() {
 watch() {
   trap 'kill "$sleeper"; exit' TERM
   sleep "$1" & sleeper=$!; wait "$sleeper"
-  echo "holdfast: $HOLDFAST_MAX_RUN_SECONDS s, the longest that this machine may run, are over"
+  echo "holdfast: $HOLDFAST_MAX_RUN_SECONDS s, the longest that this machine may run, are over" || true
   if kill -TERM "$(cat agent.pid)"; then sleep "$2" & sleeper=$!; wait "$sleeper"; fi
   power_off || true
   kill -KILL "$(cat agent.pid)" $$
 }
 
 trap finish EXIT
+# Google's runner stops reading for good after a line of 64 KiB, such as a progress bar's; that must not be our end.
+trap '' PIPE
 # An orderly shutdown is the agent's to handle; bash waits for it.
 trap : TERM
 mkdir -p "$work"

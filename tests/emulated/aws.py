@@ -72,6 +72,7 @@ class AwsEmulator:
         self.wire: Any = None
         self._make_wire = wire
         self._stack = ExitStack()
+        self._clients: dict[tuple[str, str], Any] = {}
 
     def __enter__(self) -> Self:
         assert Machines.current is None, "another AwsEmulator is open in this process"
@@ -127,7 +128,10 @@ class AwsEmulator:
 
     def client(self, service: str, region: str = REGIONS[0]) -> Any:
         """Past the wire, for tests that look or prepare."""
-        return self.session().client(service, region_name=region, endpoint_url=self.direct)
+        if (service, region) not in self._clients:
+            made = self.session().client(service, region_name=region, endpoint_url=self.direct)
+            self._clients[service, region] = made
+        return self._clients[service, region]
 
     @property
     def calls(self) -> Counter[str]:
@@ -151,6 +155,9 @@ class AwsEmulator:
     def deny(self, *actions: str) -> None:
         """The account's policy allows these no more."""
         self.front.denied.update(actions)
+
+    def allow_for_tagged_machines_only(self, *actions: str) -> None:
+        self.front.tagged_only.update(actions)
 
     def hide_new_machines(self, seconds: float) -> None:
         """Instances launched from now on are unknown to the API for so long."""
@@ -180,6 +187,8 @@ class AwsEmulator:
 
     def _close(self) -> None:
         Machines.current = None
+        for machine_id in self.host.ids():  # those that are still booting too: they read it when they come up
+            self.host.terminate(machine_id)
         self.host.stop_all()
         BackendDict.reset()
 

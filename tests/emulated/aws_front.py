@@ -75,6 +75,7 @@ class Front:
     requests: list[Recorded] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     denied: set[str] = field(default_factory=set)
+    tagged_only: set[str] = field(default_factory=set)
     injected: list[Injected] = field(default_factory=list)
     quotas: dict[str, float] = field(default_factory=dict)
     page_size: int = 1000
@@ -123,7 +124,7 @@ class Front:
             if one.action == action and one.left > 0:
                 one.left -= 1
                 return error(service, one.code, one.message, one.status)
-        if action in self.denied:
+        if action in self.denied or (action in self.tagged_only and "i-00000000000000000" in form.values()):
             code = "UnauthorizedOperation" if service == "ec2" else "AccessDeniedException"
             words = f"You are not authorized to perform this operation. User: {USER} is not authorized to perform: "
             words += f"{service}:{action} because no identity-based policy allows the {service}:{action} action. "
@@ -146,6 +147,8 @@ class Front:
                 return Answer(200, aws_market.placement_scores(form, _ZoneIds()).encode())
             case "GetProducts":
                 return _json(aws_market.products(form))
+            case "SimulatePrincipalPolicy":
+                return self._simulated(form["ActionNames.member.1"])
             case "GetServiceQuota":
                 return _json(aws_market.quota(form, self.quotas))
             case "GetParameter" if form["Name"].startswith("/aws/service/deeplearning/"):
@@ -162,6 +165,18 @@ class Front:
                     words = f"At least one of the launch templates specified in the request does not exist: {name}"
                     return error(service, "InvalidLaunchTemplateName.NotFoundException", words, 400)
         return None
+
+    def _simulated(self, asked: str) -> Answer:
+        """For a machine that carries our tag."""
+        decision = "implicitDeny" if asked.partition(":")[2] in self.denied else "allowed"
+        said = f"<EvalActionName>{asked}</EvalActionName><EvalDecision>{decision}</EvalDecision>"
+        return Answer(
+            200,
+            b'<SimulatePrincipalPolicyResponse xmlns="https://iam.amazonaws.com/doc/2010-05-08/">'
+            b"<SimulatePrincipalPolicyResult><IsTruncated>false</IsTruncated>"
+            + f"<EvaluationResults><member>{said}</member></EvaluationResults>".encode()
+            + b"</SimulatePrincipalPolicyResult></SimulatePrincipalPolicyResponse>",
+        )
 
     def _console(self, machine_id: str) -> Answer:
         self.machines.asking.hides = True

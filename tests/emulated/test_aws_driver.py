@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from holdfast.drivers.aws import AwsDriver
 from holdfast.drivers.aws.launching import client_token
 from holdfast.drivers.local.config import Fate
 from holdfast.drivers.protocol import CapacityPool, LaunchRequest
@@ -141,6 +142,39 @@ def test_a_lost_answer_and_its_repetition_make_one_machine(tmp_path: Path) -> No
         assert aws.host.ids() == [machine.id]
 
 
+def test_however_calls_fail_each_token_has_one_machine(tmp_path: Path) -> None:
+    with AwsEmulator(tmp_path, wire=lambda url: Wire(url, probability=0.3, seed=7)) as aws:
+        driver = aws.driver(client_parameters={"endpoint_url": aws.endpoint, "config": {"retries": QUICK}})
+        tokens = {f"run-{number}" for number in range(8)}
+        for token in sorted(tokens):
+            wait_for(lambda token=token: launched_or_not(driver, token))
+        aws.wire.heal()
+        assert sorted(machine.tags["holdfast-token"] for machine in driver.machines({})) == sorted(tokens)
+        assert len(aws.host.ids()) == len(tokens)
+        assert sum(bool(request.fault) for request in aws.wire.requests) > 5
+
+
+QUICK = {"mode": "standard", "total_max_attempts": 2}
+
+
+def launched_or_not(driver: AwsDriver, token: str) -> bool:
+    try:
+        return bool(driver.launch(asked(token)).id)
+    except TransientError:
+        return False
+
+
+def test_threads_that_launch_the_same_attempt_get_the_same_machine(aws: AwsEmulator) -> None:
+    driver = aws.driver()
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(driver.launch(asked()).id)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and len(set(found)) == 1 and aws.host.ids() == found[:1]
+
+
 def test_a_launch_that_differs_in_a_tag_adopts_the_machine_of_its_token(aws: AwsEmulator) -> None:
     """As after a crash between launch and journal: the lease in the tags is another one then."""
     once = aws.driver().launch(asked(tags={"holdfast-run": "run", "holdfast-lease": "1"}))
@@ -252,9 +286,8 @@ def test_machines_of_all_regions_are_found_and_of_another_cloud_none(aws: AwsEmu
 
 
 def test_machines_that_are_not_ours_are_never_shown(aws: AwsEmulator) -> None:
-    ec2 = aws.client("ec2")
-    image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
-    ec2.run_instances(ImageId=image, InstanceType="c7i.large", MinCount=1, MaxCount=1)
+    image = aws.front.image_ids["us-east-1"]
+    aws.client("ec2").run_instances(ImageId=image, InstanceType="c7i.large", MinCount=1, MaxCount=1)
     assert aws.driver().machines({}) == []
 
 
@@ -337,12 +370,32 @@ def test_the_examination_names_every_missing_permission_and_launches_nothing(aws
         aws.driver().check()
 
 
+def test_a_permission_that_is_granted_for_our_machines_alone_is_granted(aws: AwsEmulator) -> None:
+    """As deployments/aws-orchestrator-policy.json grants it: the tag is a condition."""
+    aws.allow_for_tagged_machines_only("TerminateInstances", "ModifyInstanceAttribute", "GetConsoleOutput")
+    findings = {finding.subject: finding for finding in aws.driver().examine()}
+    assert findings["ec2:TerminateInstances us-east-1"].ok
+    assert "machines of Holdfast" in findings["ec2:GetConsoleOutput us-east-1"].detail
+    aws.deny("SimulatePrincipalPolicy")
+    findings = {finding.subject: finding for finding in aws.driver().examine()}
+    finding = findings["ec2:TerminateInstances us-east-1"]
+    assert not finding.ok and "iam:SimulatePrincipalPolicy" in finding.detail
+
+
 def test_the_examination_ends_with_the_credentials_where_they_are_not_accepted(aws: AwsEmulator) -> None:
     aws.refuse("GetCallerIdentity", "InvalidClientTokenId", status=403, count=99)
     (finding,) = aws.driver().examine()
     assert (finding.subject, finding.ok) == ("credentials", False)
     with pytest.raises(CredentialsError):
         aws.driver().check()
+
+
+def test_zones_without_a_subnet_are_told_and_regions_without_zones_are_left_alone(aws: AwsEmulator) -> None:
+    driver = aws.driver(regions=["us-east-1", "us-west-2"], zones=["us-east-1a", "us-east-1-bos-1a"])
+    findings = {finding.subject: finding for finding in driver.examine()}
+    assert "us-east-1-bos-1a have no subnet" in findings["subnets us-east-1"].detail
+    assert "image us-west-2" not in findings
+    assert {offer.pool.zone for offer in driver.offers()} == {"us-east-1a"}
 
 
 def test_an_empty_quota_an_unknown_image_and_a_misplaced_subnet_are_findings(aws: AwsEmulator) -> None:

@@ -45,10 +45,9 @@ def test_what_is_wrapped_in_moto_has_the_shape_it_had() -> None:
 
 
 def run(aws: AwsEmulator, **changes: Any) -> dict[str, Any]:
-    ec2 = aws.client("ec2")
-    image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    image = aws.front.image_ids["us-east-1"]
     given = {"ImageId": image, "InstanceType": "c7i.large", "MinCount": 1, "MaxCount": 1, **changes}
-    return ec2.run_instances(**given)["Instances"][0]
+    return aws.client("ec2").run_instances(**given)["Instances"][0]
 
 
 def described(aws: AwsEmulator, machine_id: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_missing_permission_is_named_with_the_line_that_grants_it() -> None:
     said = str(translate(answered("UnauthorizedOperation", DENIED, 403), "ec2", CONFIG, POOL))
     assert "arn:aws:iam::123456789012:user/ann may not iam:PassRole" in said
     assert '{"Effect": "Allow", "Action": "iam:PassRole", "Resource": "*"}' in said
-    assert "deployments/aws-policy.json" in said and "4GtNnKq0Rzv3" not in said
+    assert "deployments/aws-orchestrator-policy.json" in said and "4GtNnKq0Rzv3" not in said
     said = str(translate(answered("AccessDeniedException", "no", 400, "GetProducts"), "pricing", CONFIG))
     assert "may not pricing:GetProducts" in said
     barred = DENIED.replace("no identity-based policy allows the iam:PassRole action", "of an explicit deny")

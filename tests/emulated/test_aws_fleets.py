@@ -99,6 +99,26 @@ def test_its_machines_are_as_safe_as_single_ones_and_on_demand_members_are_prote
     wait_for(lambda: living(driver) == [])
 
 
+def test_a_launch_template_of_the_account_s_own_is_the_base_of_the_fleet_s(aws: AwsEmulator) -> None:
+    ec2 = aws.client("ec2")
+    group = ec2.create_security_group(GroupName="holdfast", Description="none is open")["GroupId"]
+    data = {
+        "InstanceType": "c7i.xlarge",
+        "InstanceMarketOptions": {"MarketType": "spot"},
+        "NetworkInterfaces": [{"DeviceIndex": 0, "DeleteOnTermination": True}],
+        "Monitoring": {"Enabled": True},
+    }
+    ec2.create_launch_template(LaunchTemplateName="ours", LaunchTemplateData=data)
+    driver = aws.driver(launch_template="ours", security_group_ids=[group], image=aws.front.image_ids["us-east-1"])
+    (machine,) = driver.launch_fleet(fleet(machines=1, spot_share=0.0))
+    form = sent(aws, "CreateLaunchTemplate")[-1]
+    assert form["LaunchTemplateData.Monitoring.Enabled"] == "true"
+    assert form["LaunchTemplateData.NetworkInterface.1.SecurityGroupId.1"] == group
+    assert not [key for key in form if "InstanceMarketOptions" in key or key == "LaunchTemplateData.InstanceType"]
+    assert machine.pool == POOLS[3]
+    assert templates(aws) == ["ours"]
+
+
 def test_what_can_be_had_is_had_and_nothing_is_a_capacity_error(tmp_path: Path) -> None:
     refused = [Fate(refuse=True)] * 3
     with AwsEmulator(tmp_path, spot_fates=refused * 2, on_demand_fates=[Fate(), Fate(refuse=True)]) as aws:

@@ -43,7 +43,7 @@ class Account:
             retries={"mode": "standard", "total_max_attempts": 4},
             connect_timeout=5,
             read_timeout=30,
-            max_pool_connections=20,
+            max_pool_connections=50,
             user_agent_extra="holdfast",
         )
         theirs = parameters.pop("config", None)

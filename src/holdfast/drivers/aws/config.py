@@ -54,7 +54,9 @@ class AwsConfig(BaseModel):
         [], title="Zones", description="Such as us-east-1a. Empty: every zone that has a subnet to use."
     )
     subnets: dict[str, str] = Field(
-        {}, title="Subnets", description="Zone to subnet id. Zones without one use the default VPC's subnet."
+        {},
+        title="Subnets",
+        description="Zone to subnet id. A region without any uses its default VPC; one with some, only those zones.",
     )
     security_group_ids: list[str] = Field(
         [], title="Security groups", description="Empty: the VPC's default group. Machines need no open port."

@@ -145,6 +145,11 @@ def _of_answer(error: Any, service: str, config: AwsConfig, pool: CapacityPool |
     if code in CREDENTIALS and not (code == "AuthFailure" and "images" in said):
         return CredentialsError(
             f"AWS does not accept the account's credentials at {action} ({code}); renew them: what waits goes on by itself"
+            + (
+                "; or the region is not enabled for the account"
+                if code in ("AuthFailure", "InvalidClientTokenId")
+                else ""
+            )
         )
     if code in DENIED:
         return ConfigError(_denied_words(error, action, said))
@@ -176,7 +181,7 @@ def _denied_words(error: Any, action: str, said: str) -> str:
     barred = " (a service control policy or a permissions boundary bars it)" if "explicit deny" in said else ""
     return (
         f"{who[1] if who else 'the account'} may not {action}{barred}; grant it with {policy_line(action)}: "
-        "deployments/aws-policy.json holds every permission that Holdfast needs"
+        "deployments/aws-orchestrator-policy.json holds every permission that Holdfast needs"
     )
 
 

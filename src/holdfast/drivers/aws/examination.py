@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from holdfast.drivers.aws.account import Account
 from holdfast.drivers.aws.errors import code_of, policy_line, quota_of
-from holdfast.drivers.aws.launching import common_parameters, market_options, network_parameters, tag_specifications
+from holdfast.drivers.aws.launching import (
+    RUN_TAG,
+    common_parameters,
+    market_options,
+    network_parameters,
+    tag_specifications,
+)
 from holdfast.drivers.aws.offers import Market
 from holdfast.drivers.aws.places import Places
 from holdfast.drivers.aws.prices import TABLE_OF
@@ -33,6 +40,8 @@ def examine(account: Account, places: Places, market: Market) -> Iterator[Findin
     if not who.ok:
         return
     for region in config.regions:
+        if config.zones and not any(config.region_of(zone) == region for zone in config.zones):
+            continue  # nothing is launched there
         yield _found(f"image {region}", lambda region=region: _image(places, region))  # type: ignore[misc]
         yield _found(f"subnets {region}", lambda region=region: _subnets(account, places, region))  # type: ignore[misc]
         yield from _permissions(account, places, region)
@@ -74,6 +83,11 @@ def _image(places: Places, region: str) -> str:
 
 def _subnets(account: Account, places: Places, region: str) -> str:
     subnets = places.subnets(region)
+    wanted = [zone for zone in account.config.zones if account.config.region_of(zone) == region]
+    if lacking := [zone for zone in wanted if zone not in subnets]:
+        raise ConfigError(f"aws account: zones {', '.join(lacking)} have no subnet; name one for each in subnets")
+    if not subnets:
+        return "none of the account's zones is here, so nothing is launched in this region"
     with account.calling("ec2"):
         found = account.client("ec2", region).describe_subnets(SubnetIds=sorted(subnets.values()))["Subnets"]
     zones = {subnet["SubnetId"]: subnet["AvailabilityZone"] for subnet in found}
@@ -99,7 +113,7 @@ def _profile(account: Account) -> str:
 
 def _launch_nothing(account: Account, places: Places, region: str) -> None:
     config = account.config
-    zone = next(iter(places.subnets(region)))
+    zone = next(iter(places.subnets(region)), "")
     pool = CapacityPool("aws", region, zone, config.instance_types[0], "spot")
     parameters = {
         **common_parameters(config, places, region, 0),
@@ -108,7 +122,7 @@ def _launch_nothing(account: Account, places: Places, region: str) -> None:
         "MinCount": 1,
         "MaxCount": 1,
         "InstanceMarketOptions": market_options(None),
-        "TagSpecifications": tag_specifications({"holdfast-run": "examination"}),
+        "TagSpecifications": tag_specifications({RUN_TAG: "examination"}),
     }
     if config.launch_template:
         parameters["LaunchTemplate"] = places.template_reference()
@@ -129,6 +143,7 @@ def _may(account: Account, region: str, operation: str, parameters: dict[str, An
     raise TransientError(f"EC2 did not answer the dry run of {operation}")
 
 
+OF_OUR_MACHINES = {"TerminateInstances", "ModifyInstanceAttribute", "GetConsoleOutput"}
 DRY_RUNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("DescribeInstances", "describe_instances", {}),
     ("TerminateInstances", "terminate_instances", {"InstanceIds": [NOBODY]}),
@@ -152,11 +167,50 @@ def _permissions(account: Account, places: Places, region: str) -> Iterator[Find
     yield _found(f"ec2:RunInstances {region}", launching)
     for action, operation, parameters in DRY_RUNS:
 
-        def asking(operation: str = operation, parameters: dict[str, Any] = parameters) -> str:
-            _may(account, region, operation, parameters)
+        def asking(action: str = action, operation: str = operation, parameters: dict[str, Any] = parameters) -> str:
+            try:
+                _may(account, region, operation, parameters)
+            except ConfigError:
+                # A policy may grant it for machines that carry our tag, which the one that is asked about does not.
+                if action not in OF_OUR_MACHINES or not _may_with_our_tag(account, region, action):
+                    raise
+                return "granted for machines of Holdfast"
             return "granted"
 
         yield _found(f"ec2:{action} {region}", asking)
+    yield Finding(subject=f"fleets {region}", ok=True, detail=_fleets(account, region))
+
+
+def _may_with_our_tag(account: Account, region: str, action: str) -> bool:
+    """Source: https://docs.aws.amazon.com/IAM/latest/APIReference/API_SimulatePrincipalPolicy.html"""
+    with account.calling("sts"):
+        arn = account.client("sts", region).get_caller_identity()["Arn"]
+    if session := re.fullmatch(r"(arn:[\w-]+):sts::(\d+):assumed-role/([^/]+)/.*", arn):
+        arn = f"{session[1]}:iam::{session[2]}:role/{session[3]}"
+    tag = {"ContextKeyName": f"aws:ResourceTag/{RUN_TAG}", "ContextKeyValues": ["any"], "ContextKeyType": "string"}
+    try:
+        with account.calling("iam"):
+            answer = account.client("iam", region).simulate_principal_policy(
+                PolicySourceArn=arn, ActionNames=[f"ec2:{action}"], ContextEntries=[tag]
+            )
+    except ConfigError as error:
+        raise ConfigError(
+            f"ec2:{action} is not granted for every machine, and whether it is for those with the tag {RUN_TAG} can't be "
+            f"asked: {error}"
+        ) from error
+    return all(result["EvalDecision"] == "allowed" for result in answer["EvaluationResults"])
+
+
+def _fleets(account: Account, region: str) -> str:
+    """Only who asks for fleets needs these, so their lack is no fault."""
+    try:
+        template = {"LaunchTemplateName": "holdfast-examination", "LaunchTemplateData": {"EbsOptimized": True}}
+        _may(account, region, "create_launch_template", template)
+        with account.calling("autoscaling"):
+            account.client("autoscaling", region).describe_auto_scaling_groups(MaxRecords=1)
+    except HoldfastError as error:
+        return f"can't be launched: {error}"
+    return "launch templates and Auto Scaling groups may be used"
 
 
 def _quotas(account: Account, region: str) -> Iterator[Finding]:

@@ -34,6 +34,8 @@ SHOWN_SECONDS = 10.0
 """How long new members are waited for in EC2's description."""
 FIRST_MEMBER_SECONDS = 120.0
 """How long an Auto Scaling group may take for its first machine."""
+CHOSEN_BY_THE_FLEET = {"InstanceMarketOptions", "InstanceType", "InstanceRequirements", "Placement"}
+"""A launch template that says these can't be used by a fleet that does."""
 MODELS: tuple[ProvisioningModel, ProvisioningModel] = ("spot", "on-demand")
 
 
@@ -139,8 +141,8 @@ class Fleets:
                 "OnDemandTargetCapacity": count if model == "on-demand" else 0,
                 "DefaultTargetCapacityType": model,
             },
-            # Only these two can be tagged at their creation; volumes are by the launch template.
-            "TagSpecifications": [{"ResourceType": kind, "Tags": tag_list(tags)} for kind in ("instance", "fleet")],
+            # Machines and volumes have their tags from the launch template.
+            "TagSpecifications": [{"ResourceType": "fleet", "Tags": tag_list(tags)}],
         }
         if model == "spot":
             parameters["SpotOptions"] = {
@@ -315,15 +317,18 @@ class Fleets:
         from botocore.exceptions import ClientError
 
         data = {
-            **self._places.template(region),
+            **{key: value for key, value in self._places.template(region).items() if key not in CHOSEN_BY_THE_FLEET},
             **common_parameters(self._config, self._places, region, request.disk_gib),
             "UserData": base64.b64encode(user_data(request.startup_script).encode()).decode(),
             "TagSpecifications": [{"ResourceType": kind, "Tags": tag_list(tags)} for kind in ("instance", "volume")],
         }
         if protected:
             data["DisableApiTermination"] = True
-        if self._config.security_group_ids:
-            data["SecurityGroupIds"] = self._config.security_group_ids
+        groups = self._config.security_group_ids
+        if groups and data.get("NetworkInterfaces"):  # EC2 takes groups in one place only
+            data["NetworkInterfaces"] = [{**one, "Groups": groups} for one in data["NetworkInterfaces"]]
+        elif groups:
+            data["SecurityGroupIds"] = groups
         with self._account.calling("ec2"):
             try:
                 self._account.client("ec2", region).create_launch_template(

@@ -44,11 +44,12 @@ class Inventory:
         self._condition = threading.Condition()
         self._known: dict[str, _Known] = {}
         self._fetching = False
-        self._began_at = float("-inf")
-        """When the newest finished description was asked for."""
+        self._described_at = float("-inf")
+        """When the description that is known was asked for."""
         self._changed_at = float("-inf")
-        self._failure: HoldfastError | None = None
         self._finished = 0
+        self._last: tuple[float, HoldfastError | None] = (float("-inf"), None)
+        """Of the description that finished last: when it was asked for, and why it failed."""
 
     def machines(self, max_age_seconds: float) -> list[Machine]:
         """A caller that comes while a description is under way waits for that one instead of asking for another."""
@@ -91,11 +92,12 @@ class Inventory:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _will_do(self, called_at: float, max_age_seconds: float, finished_before: int) -> bool:
-        if self._finished > finished_before and self._began_at >= self._changed_at:
-            if self._failure:
-                raise self._failure
+        began_at, failure = self._last
+        if self._finished > finished_before and began_at >= self._changed_at:
+            if failure:
+                raise type(failure)(*failure.args) from failure  # each thread its own
             return True
-        return not self._failure and max_age_seconds > 0 and self._began_at >= called_at - max_age_seconds
+        return max_age_seconds > 0 and self._described_at >= called_at - max_age_seconds
 
     def _describe(self) -> None:
         self._fetching = True
@@ -111,9 +113,10 @@ class Inventory:
             self._condition.acquire()
             self._fetching = False
             self._condition.notify_all()
-        self._began_at, self._failure = began_at, failure
+        self._last = (began_at, failure)
         self._finished += 1
         if not failure:
+            self._described_at = began_at
             self._remember(shown, began_at)
 
     def _remember(self, shown: Sequence[Machine], began_at: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from holdfast.drivers.aws.account import Account
@@ -167,7 +167,8 @@ class Market:
         asked = {
             "InstanceTypes": self._config.instance_types,
             "ProductDescriptions": PRODUCTS,
-            "StartTime": datetime.now(UTC),  # of a moment: EC2 answers with the price that holds then
+            # EC2 answers with the price that held then and every later one. Not quite now: clocks differ.
+            "StartTime": datetime.now(UTC) - timedelta(minutes=5),
         }
         newest: dict[tuple[str, str], tuple[datetime, float]] = {}
         with self._account.calling("ec2"):

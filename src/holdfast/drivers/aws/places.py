@@ -61,6 +61,8 @@ class Places:
         config = self._config
         chosen = {zone: subnet for zone, subnet in config.subnets.items() if config.region_of(zone) == region}
         wanted = [zone for zone in config.zones if config.region_of(zone) == region]
+        if config.zones and not wanted:
+            return {}
         missing = [zone for zone in wanted if zone not in chosen]
         if missing or not (chosen or wanted):
             filters = [{"Name": "default-for-az", "Values": ["true"]}]

@@ -99,6 +99,8 @@ class Prices:
 
 def hourly_usd(product: Mapping[str, Any]) -> float | None:
     """The on-demand price of one product of the Price List; None where it has none by the hour."""
+    if product.get("product", {}).get("attributes", {}).get("marketoption", "OnDemand") != "OnDemand":
+        return None  # capacity blocks are listed under the same type
     for term in product.get("terms", {}).get("OnDemand", {}).values():
         for dimension in term.get("priceDimensions", {}).values():
             if dimension.get("unit") == "Hrs" and float(dimension.get("pricePerUnit", {}).get("USD", 0)) > 0:

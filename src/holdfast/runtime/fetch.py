@@ -1,26 +1,22 @@
 """The bundle's way to the machine, and a failed boot's way back to the store, with the machine's own role.
 
 `startup.py` appends this file to every user data, without its comments. So: standard library only, short, and nothing
-that Python 3.6 does not know, for an interpreter that is too old must be able to say so.
+that Python 3.6 does not know, for an interpreter that is too old must be able to say so. What only a cloud needs is
+imported late: on the local cloud a boot is on the way of every recovery.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import hmac
-import json
 import os
 import re
-import shutil
 import sys
 import time
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
-OLDEST = (3, 11)
 STORE_PAUSES = (0.5, 1, 2, 4, 8, 16, 16)
-METADATA_PAUSES = (0.5, 1, 2)
+ROLE_PAUSES = (0.5, 1, 2)
 """Seconds between tries. A role may reach the metadata some seconds after the machine is up."""
 TAIL_LINES = 50
 
@@ -41,7 +37,7 @@ def fetch(url: str, path: str, sha256: str) -> None:
         if url.startswith("file://"):
             try:
                 with open(unquote(urlsplit(url).path), "rb") as source:
-                    shutil.copyfileobj(source, file)
+                    copy(source, file)
             except OSError as error:
                 raise BootError(f"the bundle {url} can't be read: {error}") from error
         else:
@@ -51,13 +47,18 @@ def fetch(url: str, path: str, sha256: str) -> None:
         for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
     if digest.hexdigest() != sha256:
-        raise BootError(
-            f"the bundle's SHA-256 is {digest.hexdigest()}, expected {sha256}: {url} was changed or damaged"
-        )
+        raise BootError(f"the bundle's SHA-256 is {digest.hexdigest()}, expected {sha256}: {url} was changed")
+
+
+def copy(source: Any, sink: Any) -> None:
+    for chunk in iter(lambda: source.read(1 << 20), b""):
+        sink.write(chunk)
 
 
 def report(problem: str, log: str, times: str) -> None:
     """Create the attempt's end.json as the agent would: nobody may have to wait for a machine that failed to boot."""
+    import json
+
     with open(log, errors="replace") as file:
         tail = "".join(file.readlines()[-TAIL_LINES:])
     marks = {kind: cloud_time(at) for kind, at in read_times(times)}
@@ -91,6 +92,8 @@ def read_times(path: str) -> list[tuple[str, float]]:
 
 def cloud_time(wall: float) -> str:
     """The instant on the cloud's clock (see holdfast.clock), which may run faster than the wall's."""
+    import datetime
+
     at = datetime.datetime.fromtimestamp(wall, datetime.timezone.utc)  # noqa: UP017  not before Python 3.11
     if os.environ.get("HOLDFAST_CLOCK"):
         origin, speed = os.environ["HOLDFAST_CLOCK"].split()
@@ -118,7 +121,7 @@ def ask_store(method: str, url: str, sink: Any = None, body: bytes = b"") -> Non
     if status == 200 or (method == "PUT" and status == 412):
         return
     said = " ".join(re.findall("<(?:Code|Message)>(.*?)</", text)) or text[:300]
-    problem = f"{method} {address} was answered with {status} {said}"
+    problem = f"{method} {address}: {status} {said}"
     if status in (401, 403):
         problem += f": {remedy}"
     if status == 404:
@@ -130,6 +133,8 @@ def ask_store(method: str, url: str, sink: Any = None, body: bytes = b"") -> Non
 
 def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body: bytes) -> tuple[str, str, dict]:
     """Role, address and headers, signed: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
+    import hmac
+
     role, credentials = aws_identity()
     region, path = options.get("region", "us-east-1"), "/" + quote(key, safe="/-_.~")
     if options.get("endpoint"):
@@ -165,6 +170,8 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
 
 def gs_request(method: str, bucket: str, key: str, options: dict[str, str]) -> tuple[str, str, dict]:
     """Service account, address and headers: https://cloud.google.com/storage/docs/xml-api/get-object-download"""
+    import json
+
     base = f"http://{os.environ.get('GCE_METADATA_HOST') or 'metadata.google.internal'}/computeMetadata/v1/instance"
     flavour = {"Metadata-Flavor": "Google"}
     account = f"{base}/service-accounts/default/"
@@ -183,6 +190,8 @@ def aws_identity() -> tuple[str, dict[str, str]]:
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
     """
+    import json
+
     base = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254").rstrip("/") + "/latest/"
     seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
     hint = "no machine of AWS's, or its metadata service is off"
@@ -197,11 +206,11 @@ def aws_identity() -> tuple[str, dict[str, str]]:
 
 def metadata(method: str, address: str, headers: dict[str, str], hint: str) -> str:
     try:
-        status, _, text = persist(METADATA_PAUSES, method, address, headers, timeout=2, again=(404,))
+        status, _, text = persist(ROLE_PAUSES, method, address, headers, timeout=2, again=(404,))
     except BootError as error:
         raise BootError(f"{hint}: {error}") from error
     if status != 200 or not text.strip():
-        raise BootError(f"{hint}: {method} {address} was answered with {status} {text[:200]}")
+        raise BootError(f"{hint}: {method} {address}: {status} {text[:200]}")
     return text
 
 
@@ -216,7 +225,7 @@ def persist(
     again: tuple[int, ...] = (),
 ) -> tuple[int, Any, str]:
     """Status, headers and text of the answer; asked again after what may pass. Raises BootError when it does not."""
-    import http.client  # late: half of this program's start, and a folder needs none of it
+    import http.client
 
     for pause in [*pauses, None]:
         try:
@@ -249,7 +258,7 @@ def exchange(method: str, address: str, headers: dict, body: bytes, sink: Any, t
         response = connection.getresponse()
         if not sink or response.status != 200:
             return response.status, response.headers, response.read().decode(errors="replace")
-        shutil.copyfileobj(response, sink, 1 << 20)
+        copy(response, sink)
         if sink.tell() != int(response.headers.get("Content-Length", sink.tell())):
             raise OSError(f"{sink.tell()} bytes came of {response.headers['Content-Length']}")
         return 200, response.headers, ""
@@ -261,9 +270,9 @@ if __name__ == "__main__":
     try:
         if sys.argv[1] == "report":
             report(*sys.argv[2:])
-        elif sys.version_info < OLDEST:
+        elif sys.version_info < (3, 11):  # noqa: UP036  a machine's may be older than ours
             raise BootError(
-                f"{sys.executable} is Python {sys.version.split()[0]}, and Holdfast needs {OLDEST[0]}.{OLDEST[1]} or later; "
+                f"{sys.executable} is Python {sys.version.split()[0]}, and Holdfast needs 3.11 or later; "
                 "name a newer one in environment.python"
             )
         else:

@@ -12,14 +12,16 @@ power_off() {
   if [ -n "${HOLDFAST_POWER_OFF:-}" ]; then $HOLDFAST_POWER_OFF; else shutdown -h now || poweroff -f; fi
 }
 note() { echo "$1 ${EPOCHREALTIME:-$(date +%s)}" >> boot.times; }
-begin() { phase="$1"; echo "holdfast: boot $phase $(date -u +%FT%TZ) $2" | tee -a boot.log || true; }
+# No command where bash will do: on the local cloud a boot is on the way of every recovery.
+say() { echo "$1" || true; echo "$1" >> boot.log; }
+begin() { phase="$1"; say "holdfast: boot $phase $(date -u +%FT%TZ) $2"; }
 finish() {
   status=$?
   # Whatever fails here, a full disk for one, the machine must end.
   set +e
   if [ "$phase" != over ]; then
     problem="boot failed in phase $phase: ${problem:-status $status, see the lines before}"
-    echo "holdfast: $problem" | tee -a boot.log
+    say "holdfast: $problem"
     if [ -n "$python" ]; then "$python" -I -S fetch.py report "$problem" boot.log boot.times; fi
   fi
   if [ -n "$watchdog" ]; then kill "$watchdog"; fi
@@ -45,7 +47,7 @@ cd "$work"
 # What a life before a reboot has left would be taken for this one's.
 rm -f agent.pid boot.log boot.times telemetry.jsonl notice.json
 note boot-started
-begin boot "on $(uname -srm)"
+begin boot "on $HOSTTYPE $OSTYPE"
 if [ -n "${HOLDFAST_MAX_RUN_SECONDS:-}" ]; then
   # The local cloud's clock may run faster than the wall's: "origin speed".
   clock="${HOLDFAST_CLOCK:-}" speed=1
@@ -72,7 +74,7 @@ begin fetch "$HOLDFAST_BUNDLE with $python"
 fetcher > fetch.py
 { problem=$("$python" -I -S fetch.py fetch "$HOLDFAST_BUNDLE" bundle.tar.gz "$HOLDFAST_BUNDLE_SHA256" 2>&1 >&3); } 3>&1
 note bundle-fetched
-begin unpack "$(wc -c < bundle.tar.gz) B"
+begin unpack bundle.tar.gz
 problem=$(tar -xzf bundle.tar.gz 2>&1)
 rm bundle.tar.gz
 begin agent "starting"

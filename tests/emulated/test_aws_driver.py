@@ -191,6 +191,22 @@ def test_a_launch_whose_machine_has_ended_returns_the_ended_machine(aws: AwsEmul
     assert again.terminated_at
 
 
+def test_a_machine_that_is_hidden_is_waited_for_before_it_is_adopted(aws: AwsEmulator) -> None:
+    aws.hide_new_machines(1.5)
+    once = aws.driver().launch(asked(tags={"holdfast-run": "run", "holdfast-lease": "1"}))
+    again = aws.driver().launch(asked(tags={"holdfast-run": "run", "holdfast-lease": "2"}))
+    assert again.id == once.id and aws.host.ids() == [once.id]
+
+
+def test_a_launch_whose_machine_is_forgotten_makes_no_other(aws: AwsEmulator) -> None:
+    once = aws.driver().launch(asked(script="true"))
+    ended(aws.driver(), once)
+    aws.forget_machine(once.id)
+    with pytest.raises(CapacityError, match="ended so long ago"):
+        aws.driver().launch(asked(script="true"))
+    assert aws.host.ids() == [once.id]
+
+
 def test_long_tokens_become_their_hash() -> None:
     assert client_token("run-1") == "run-1"
     for token in ("run-" + "x" * 70, "über-1"):

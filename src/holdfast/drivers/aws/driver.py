@@ -216,11 +216,9 @@ class AwsDriver:
             found = self._described(request.pool.region, filters)
             if found:
                 return min(found, key=lambda machine: (machine.state == "terminated", machine.launched_at))
+            if code == "IdempotentInstanceTerminated":
+                raise CapacityError(f"the machine of {request.token!r} ended so long ago that EC2 shows it no longer")
             if time.monotonic() > give_up_at:
-                if code == "IdempotentInstanceTerminated":
-                    raise CapacityError(
-                        f"the machine of {request.token!r} ended so long ago that EC2 shows it no longer"
-                    )
                 raise TransientError(
                     f"EC2 has launched a machine for {request.token!r} before and does not show it yet; launch again"
                 )

@@ -239,15 +239,15 @@ def _quotas(account: Account, region: str) -> Iterator[Finding]:
 
 
 def _prices(market: Market, region: str) -> str:
-    prices = market.prices.on_demand(region)
-    if prices.missing:
+    prices, here = market.prices.on_demand(region), market.offered_types(region)
+    if missing := [name for name in prices.missing if name in here]:
         raise ConfigError(
-            f"aws account: no price is known in {region} for {', '.join(prices.missing)}, which are not offered; add them to "
+            f"aws account: no price is known in {region} for {', '.join(missing)}, so they are never chosen; add them to "
             "usd_per_hour, or take them out of instance_types"
         )
     said = "on-demand from the AWS Price List, spot from the spot price history"
-    if prices.from_table:
-        said = f"on-demand of {', '.join(prices.from_table)} from a table of {TABLE_OF} for us-east-1"
+    if from_table := [name for name in prices.from_table if name in here]:
+        said = f"on-demand of {', '.join(from_table)} from a table of {TABLE_OF} for us-east-1"
         if prices.refusal:
             said += f", because {prices.refusal} (to read the Price List: {policy_line('pricing:GetProducts')})"
     return said + (f"; {', '.join(prices.own)} as the account says" if prices.own else "")

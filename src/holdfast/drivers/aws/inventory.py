@@ -37,8 +37,15 @@ class _Known:
 
 
 class Inventory:
-    def __init__(self, region: str, clock: Clock, fetch: Callable[[], Sequence[Machine]]) -> None:
+    def __init__(
+        self,
+        region: str,
+        clock: Clock,
+        fetch: Callable[[], Sequence[Machine]],
+        unseen_seconds: float = UNSEEN_SECONDS,
+    ) -> None:
         self.region = region
+        self._unseen_seconds = unseen_seconds
         self._clock = clock
         self._fetch = fetch
         self._condition = threading.Condition()
@@ -87,7 +94,7 @@ class Inventory:
         """Was it launched here so lately that EC2 may not know it yet?"""
         with self._condition:
             known = self._known.get(machine_id)
-            return bool(known and not known.ever_shown and time.monotonic() - known.launched_at < UNSEEN_SECONDS)
+            return bool(known and not known.ever_shown and time.monotonic() - known.launched_at < self._unseen_seconds)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +138,7 @@ class Inventory:
             if machine_id in here:
                 continue
             known.missed_at = began_at if known.missed_at is None else known.missed_at
-            if known.machine.state != "terminated" and began_at - known.missed_at > UNSEEN_SECONDS:
+            if known.machine.state != "terminated" and began_at - known.missed_at > self._unseen_seconds:
                 known.machine = _vanished(known, now)
                 log.warning("machine=%s is no longer shown by EC2 and counts as ended", machine_id)
             if known.machine.terminated_at and now - known.machine.terminated_at > REMEMBERED:

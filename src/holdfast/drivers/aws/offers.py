@@ -66,6 +66,10 @@ class Market:
     def offers(self) -> list[Offer]:
         return [offer for region in self._config.regions for offer in self._offers_of(region)]
 
+    def offered_types(self, region: str) -> set[str]:
+        """Of the account's instance types, those that some zone of `region` has."""
+        return set().union(*self._offered.get(region).values())
+
     def scores(self) -> Scores:
         return self._scores.get("")
 

@@ -548,7 +548,8 @@ class GceEmulator:
         asked.self_link = f"{asked.zone}/instances/{asked.name}"
         items = {item.key: item.value for item in asked.metadata.items}
         if group:
-            asked.metadata.items.append(compute_v1.Items(key="created-by", value=group))
+            manager = f"projects/1/regions/{zone.rpartition('-')[0]}/instanceGroupManagers/{group}"
+            asked.metadata.items.append(compute_v1.Items(key="created-by", value=manager))
         instance = Instance(asked, zone, f"gce-{secrets.token_hex(8)}", MACHINE_TYPES[kind][0], time.monotonic(), group)
         self._instances[zone, asked.name] = instance
         self._logged[str(asked.id)] = instance.host_id if items.get("serial-port-logging-enable") == "TRUE" else ""
@@ -562,6 +563,8 @@ class GceEmulator:
             shutdown_script=items.get("shutdown-script", ""),
             fate=fate,
             name=asked.name,
+            number=str(asked.id),
+            attributes={item.key: item.value for item in asked.metadata.items if item.key == "created-by"},
         )
         return instance
 

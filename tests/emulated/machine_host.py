@@ -76,13 +76,17 @@ class MachineHost:
         shutdown_script: str = "",
         fate: Fate | None = None,
         name: str = "",
+        number: str = "",
+        attributes: Mapping[str, str] | None = None,
     ) -> None:
-        """Boot the machine; returns at once. `name`: as its metadata tell it, where that is not its id."""
+        """Boot the machine; returns at once. The last three are GCP's, for its metadata: name, id, and what was attached."""
         machine = self.folder / machine_id
         machine.mkdir()
         spec: dict[str, Any] = {
             "id": machine_id,
             "name": name,
+            "number": number,
+            "attributes": dict(attributes or {}),
             "token": machine_id,
             "pool": {
                 "cloud": self.dialect,

@@ -113,9 +113,16 @@ class GcpMetadata:
             return False
 
     def machine_id(self) -> str:
-        path = "computeMetadata/v1/instance/name"
+        """The instance's name. A managed group gives a name again to another instance: there, its number follows."""
+        name = _known(self._instance("name"), "instance/name")
+        if "/instanceGroupManagers/" in (self._instance("attributes/created-by") or ""):
+            return f"{name}.{_known(self._instance('id'), 'instance/id')}"
+        return name
+
+    def _instance(self, path: str) -> str | None:
+        path = f"computeMetadata/v1/instance/{path}"
         status, body, _ = _request(self._endpoint, "GET", path, {"Metadata-Flavor": "Google"})
-        return _known(body.strip() if status == 200 else None, path)
+        return body.strip() if status == 200 else None
 
     def notice(self) -> Notice | None:
         if self._preempted() != "TRUE":

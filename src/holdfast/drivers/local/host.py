@@ -47,10 +47,12 @@ class Host:
             instance_type=self.spec["pool"]["instance_type"],
             user_data=self.spec["startup_script"],
             name=self.spec.get("name", ""),
+            number=self.spec.get("number", ""),
             attributes={
                 "startup-script": self.spec["startup_script"],
                 "shutdown-script": self.spec["shutdown_script"],
                 "life-cycle": self.spec["pool"]["provisioning_model"],
+                **self.spec.get("attributes", {}),
             },
         )
         self._console_offset = 0

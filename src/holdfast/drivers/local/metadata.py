@@ -33,7 +33,9 @@ class Facts:
     instance_type: str
     user_data: str
     name: str = ""
-    """Of a GCP instance, where it is not the id."""
+    """Of a GCP instance, where it is not `machine_id`."""
+    number: str = ""
+    """Likewise its `id`."""
     attributes: dict[str, str] = field(default_factory=dict)
     reclaim_at: datetime | None = None
     rebalance_at: datetime | None = None
@@ -172,7 +174,7 @@ class GcpHandler(_Handler):
         account = {"aliases": ["default"], "email": email, "scopes": [GCP_SCOPE]}
         match path.rstrip("/").split("/"):
             case ["instance", "id"]:
-                return facts.machine_id
+                return facts.number or facts.machine_id
             case ["instance", "name"]:
                 return facts.name or facts.machine_id
             case ["instance", "zone"]:

@@ -34,7 +34,8 @@ def opened(request: pytest.FixtureRequest, folder: Path, prefect_api: str) -> It
 
 def test_three_failed_spot_attempts_then_on_demand_in_another_zone(opened: Open, folder: Path) -> None:
     account: Account = opened(Fate(refuse=True), Fate(at_step=4, notice=False), Fate(refuse=True))
-    job = small_job(account, folder, fallback=Fallback(), steps=60)
+    # However late step 4 is seen, what was committed by then is too little progress.
+    job = small_job(account, folder, fallback=Fallback(progress_to_reset=1000), steps=60)
     _, summary = carry(job, account.driver(), account.open_store(), "story")
     assert outcomes(summary) == [
         ("spot", "no-capacity"),

@@ -37,6 +37,11 @@ class CheckpointStore(Block):
     )
     s3_bucket: S3Bucket | None = Field(None, title="S3 bucket")
     gcs_bucket: GcsBucket | None = Field(None, title="GCS bucket")
+    machine_role: str = Field(
+        "",
+        title="Role for Google's machines",
+        description="Of an S3 bucket: the ARN of the role that machines of Google Cloud take on to reach it.",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> CheckpointStore:
@@ -50,7 +55,11 @@ class CheckpointStore(Block):
         if self.s3_bucket:
             bucket = self.s3_bucket
             client = bucket.credentials.aws_client_parameters
-            query = {"region": bucket.credentials.region_name, "endpoint": client.endpoint_url}
+            query = {
+                "region": bucket.credentials.region_name,
+                "endpoint": client.endpoint_url,
+                "role": self.machine_role,
+            }
             return open_store(
                 _url("s3", bucket.bucket_name, bucket.bucket_folder, query), aws_session(bucket.credentials)
             )

@@ -36,6 +36,7 @@ from tests.emulated.object_stores import REGION, S3Emulator
 from tests.emulated.wire import Wire
 
 BUCKET = "runs"
+ROLE = "arn:aws:iam::123456789012:role/holdfast-machine"
 CLIENT_SECRET, REFRESH_TOKEN = "planted-client-secret", "planted-refresh-token"
 
 
@@ -97,6 +98,8 @@ class Account:
     driver: Callable[[], Driver]
     open_store: Callable[[], ObjectStore]
     """A new store object with the orchestrator's credentials, as another process would make it."""
+    open_store_for_others: Callable[[], ObjectStore]
+    """The same for a run whose machines may be of another cloud."""
     contents: Callable[[], dict[str, bytes]]
     host: MachineHost
     emulator: Any
@@ -150,6 +153,7 @@ def aws_account(
             name="aws",
             driver=lambda: aws.driver(**overrides),
             open_store=lambda: open_store(url, credentials=aws.session()),
+            open_store_for_others=lambda: open_store(f"{url}&role={ROLE}", credentials=aws.session()),
             contents=lambda: s3.contents(BUCKET),
             host=aws.host,
             emulator=aws,
@@ -197,6 +201,7 @@ def gcp_account(
             name="gcp",
             driver=lambda: GcpDriver(gce.config(**overrides), credentials),
             open_store=lambda: open_store(url, credentials=credentials),
+            open_store_for_others=lambda: open_store(url, credentials=credentials),
             contents=lambda: gcs.contents(BUCKET),
             host=gce.host,
             emulator=gce,

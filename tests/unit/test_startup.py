@@ -90,7 +90,7 @@ USUAL = {
 
 
 def test_user_data_leaves_room_below_what_ec2_takes() -> None:
-    assert len(startup_script(USUAL).encode()) < 12 * 1024
+    assert len(startup_script(USUAL).encode()) < 14 * 1024
 
 
 def test_more_than_ec2_takes_is_refused_by_name() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 # Environment of the machine, set at launch, inherited by the agent and the program.
 STORE = "HOLDFAST_STORE"  # URL of the object store
 RUN = "HOLDFAST_RUN"  # run id
+CLOUD = "HOLDFAST_CLOUD"  # name of the cloud that the machine is of
 ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits; 0: the machine is a fleet's
 BUNDLE = "HOLDFAST_BUNDLE"  # URL of the bundle
 BUNDLE_SHA256 = "HOLDFAST_BUNDLE_SHA256"

@@ -135,7 +135,7 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
     """Role, address and headers, signed: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
     import hmac
 
-    role, credentials = aws_identity()
+    role, credentials = aws_identity(options.get("role", ""))
     region, path = options.get("region", "us-east-1"), "/" + quote(key, safe="/-_.~")
     if options.get("endpoint"):
         base, path = options["endpoint"].rstrip("/"), f"/{bucket}{path}"
@@ -185,13 +185,16 @@ def gs_request(method: str, bucket: str, key: str, options: dict[str, str]) -> t
     return metadata("GET", account + "email", flavour, hint), address, headers
 
 
-def aws_identity() -> tuple[str, dict[str, str]]:
-    """Role and its credentials, by IMDSv2.
+def aws_identity(role: str = "") -> tuple[str, dict[str, str]]:
+    """Role and its credentials, by IMDSv2; on a machine of Google's, the `role` that AWS gives its service account.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
+    https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html
     """
     import json
 
+    if role and os.environ.get("HOLDFAST_CLOUD") == "gcp":
+        return role, web_identity(role)
     base = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254").rstrip("/") + "/latest/"
     seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
     hint = "no machine of AWS's, or its metadata service is off"
@@ -202,6 +205,24 @@ def aws_identity() -> tuple[str, dict[str, str]]:
     )
     role = metadata("GET", path, token, hint).split()[0]
     return role, json.loads(metadata("GET", path + role, token, hint))
+
+
+def web_identity(role: str) -> dict[str, str]:
+    hint = "the machine has no service account whose identity AWS could trust; give the account a service_account"
+    base = f"http://{os.environ.get('GCE_METADATA_HOST') or 'metadata.google.internal'}/computeMetadata/v1/instance"
+    query = "/service-accounts/default/identity?format=full&audience=holdfast"
+    token = metadata("GET", base + query, {"Metadata-Flavor": "Google"}, hint)
+    address = (os.environ.get("AWS_ENDPOINT_URL_STS") or "https://sts.amazonaws.com").rstrip("/") + "/"
+    form = "Action=AssumeRoleWithWebIdentity&Version=2011-06-15&RoleSessionName=holdfast"
+    form += f"&RoleArn={quote(role, safe='')}&WebIdentityToken={quote(token, safe='')}"
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    status, _, text = persist(ROLE_PAUSES, "POST", address, kind, form.encode())
+    if status != 200:
+        said = " ".join(re.findall("<(?:Code|Message)>(.*?)</", text)) or text[:300]
+        raise BootError(f"AWS does not give {role} to this machine's service account: {status} {said}")
+    names = {"AccessKeyId": "", "SecretAccessKey": "", "SessionToken": "Token", "Expiration": ""}
+    found = {names[name] or name: value for name, value in re.findall(r"<(\w+)>([^<>]+)</", text) if name in names}
+    return found
 
 
 def metadata(method: str, address: str, headers: dict[str, str], hint: str) -> str:
@@ -254,7 +275,8 @@ def exchange(method: str, address: str, headers: dict, body: bytes, sink: Any, t
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     try:
-        connection.request(method, parts.path, body or None, headers)
+        path = parts.path + ("?" + parts.query if parts.query else "")
+        connection.request(method, path, body or None, headers)
         response = connection.getresponse()
         if not sink or response.status != 200:
             return response.status, response.headers, response.read().decode(errors="replace")

@@ -21,6 +21,12 @@ MAX_USER_DATA_BYTES = 16 * 1024
 """EC2's, before base64: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/user-data.html"""
 
 
+def machine_environment(python: str, max_run_seconds: float) -> dict[str, str]:
+    """What startup.sh itself reads: the interpreter, where the job names one, and when the machine ends in any case."""
+    named = {PYTHON: python} if python else {}
+    return {**named, MAX_RUN_SECONDS: f"{max_run_seconds:.0f}"}
+
+
 def startup_script(environment: Mapping[str, str]) -> str:
     """User data: `environment` as quoted exports, the fetcher, then startup.sh.
 

@@ -13,7 +13,8 @@ from holdfast.storage.keys import is_key
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 CHECKSUMS = ("sha256", "crc64nvme", "none")
-OPTIONS = {"s3": ("region", "endpoint", "checksum"), "gs": ("endpoint",)}
+OPTIONS = {"s3": ("region", "endpoint", "checksum", "role"), "gs": ("endpoint",)}
+ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 FROM_ENVIRONMENT = {
     ("s3", "region"): ("AWS_REGION", "AWS_DEFAULT_REGION"),
     ("s3", "endpoint"): ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
@@ -26,7 +27,8 @@ class Address:
     """`s3://bucket/prefix?region=eu-west-1&endpoint=https://host` or `gs://bucket/prefix?endpoint=...`.
 
     `endpoint`: of another server that speaks the protocol (MinIO, R2, a private endpoint). `checksum`: the one that is
-    sent along with every upload to S3, of CHECKSUMS.
+    sent along with every upload to S3, of CHECKSUMS. `role`: the ARN of a role of AWS's that machines of Google's take on
+    by the identity of their service account.
     """
 
     scheme: str
@@ -79,6 +81,10 @@ def _options(url: str, scheme: str, query: str, environment: Mapping[str, str]) 
         options["endpoint"] = _endpoint(url, options["endpoint"])
     if options.get("checksum", "none") not in CHECKSUMS:
         raise ConfigError(f"store {url!r}: no checksum {options['checksum']!r}; use one of {', '.join(CHECKSUMS)}")
+    if "role" in options and not ROLE.fullmatch(options["role"]):
+        raise ConfigError(
+            f"store {url!r}: {options['role']!r} is no role's ARN; write role=arn:aws:iam::123456789012:role/name"
+        )
     return options
 
 

@@ -96,6 +96,10 @@ def _s3_options(address: Address, credentials: Any, environment: Mapping[str, st
     metadata = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
     if metadata and not environment.get("AWS_METADATA_ENDPOINT"):
         options["metadata_endpoint"] = metadata.rstrip("/")
+    role = address.options.get("role", "")
+    if role and not credentials and environment.get("HOLDFAST_CLOUD") == "gcp":
+        options["credential_provider"] = _from_web_identity(role)
+        return options
     session = credentials or _profile_session(environment)
     if session:
         options["credential_provider"] = _from_session(session)
@@ -115,6 +119,22 @@ def _from_session(session: Any) -> Callable[[], dict[str, Any]]:
             "secret_access_key": frozen.secret_key,
             "token": frozen.token,
             "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIALS_SECONDS),
+        }
+
+    return provide
+
+
+def _from_web_identity(role: str) -> Callable[[], dict[str, Any]]:
+    """On a machine of Google's: its service account's identity for a role of AWS's, and again before that ends."""
+    from holdfast.runtime.fetch import web_identity
+
+    def provide() -> dict[str, Any]:
+        given = web_identity(role)
+        return {
+            "access_key_id": given["AccessKeyId"],
+            "secret_access_key": given["SecretAccessKey"],
+            "token": given["Token"],
+            "expires_at": datetime.fromisoformat(given["Expiration"]),
         }
 
     return provide

@@ -29,7 +29,7 @@ from holdfast.model import FleetJob
 from holdfast.placement.fleet_policy import FleetSituation, LaunchRound, PastRound, decide_round
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.runtime import contract
-from holdfast.runtime.startup import SHUTDOWN_SCRIPT, startup_script
+from holdfast.runtime.startup import SHUTDOWN_SCRIPT, machine_environment, startup_script
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
 from holdfast.supervision.fleet_watch import FleetWatch, MemberEnd
@@ -396,8 +396,10 @@ class FleetRun(Run[FleetState]):
         if self._bundle is None:
             self._bundle = upload_bundle(self.job, self.store, self.run_id)  # type: ignore[arg-type]
         environment = {
+            **machine_environment(self.job.environment.python, self.job.max_run_hours * 3600),
             contract.STORE: self.store.url,
             contract.RUN: self.run_id,
+            contract.CLOUD: asked.pools[0].pool.cloud,
             contract.ATTEMPT: str(contract.FLEET_ATTEMPT),
             contract.BUNDLE: self._bundle.url,
             contract.BUNDLE_SHA256: self._bundle.sha256,

@@ -36,7 +36,7 @@ from holdfast.ledger.run_state import Attempt, RunState, read_run_state
 from holdfast.model import TrainingJob, parse_interval
 from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, Wait, decide
 from holdfast.runtime import contract
-from holdfast.runtime.startup import SHUTDOWN_SCRIPT, startup_script
+from holdfast.runtime.startup import SHUTDOWN_SCRIPT, machine_environment, startup_script
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
 from holdfast.supervision.keepalive import Keepalive
@@ -489,9 +489,13 @@ class TrainingRun:
     def _launch_request(self, attempt: Attempt) -> LaunchRequest:
         if self._bundle is None:
             self._bundle = upload_bundle(self.job, self.store, self.run_id)
+        # What is left of the run's hours; the same when the launch is repeated, as everything here has to be.
+        max_run_seconds = max(60.0, self.job.max_run_hours * 3600 - self.state.billed_seconds)
         environment = {
+            **machine_environment(self.job.environment.python, max_run_seconds),
             contract.STORE: self.store.url,
             contract.RUN: self.run_id,
+            contract.CLOUD: attempt.pool.cloud,
             contract.ATTEMPT: str(attempt.number),
             contract.BUNDLE: self._bundle.url,
             contract.BUNDLE_SHA256: self._bundle.sha256,
@@ -506,12 +510,12 @@ class TrainingRun:
                 "holdfast-job": self.job.name,
                 "holdfast-store": contract.store_tag(self.store.url),
                 "holdfast-owner": getpass.getuser(),
-                "holdfast-lease": str(int(self.driver.clock.now().timestamp() + self.job.lease_seconds)),
+                "holdfast-lease": str(int(attempt.reserved_at.timestamp() + self.job.lease_seconds)),
             },
             environment=environment,
             startup_script=startup_script(environment),
             shutdown_script=SHUTDOWN_SCRIPT,
-            max_run_seconds=self.job.max_run_hours * 3600,
+            max_run_seconds=max_run_seconds,
             disk_gib=self.job.resources.disk_gib,
         )
 

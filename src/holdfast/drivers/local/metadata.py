@@ -189,6 +189,8 @@ class GcpHandler(_Handler):
                 return json.dumps(account)
             case ["instance", "service-accounts", "default", "email"]:
                 return email
+            case ["instance", "service-accounts", _, "identity"] if query.get("audience"):
+                return f"local-cloud.identity-for-{query['audience']}.unsigned"
             case ["instance", "service-accounts", _, "token"]:
                 return json.dumps({"access_token": "local-cloud-token", "expires_in": 3600, "token_type": "Bearer"})
             case ["project", "project-id"]:

@@ -34,6 +34,7 @@ WITHOUT_A_CALL_OF_THEIR_OWN = {
     "iam:PassRole",  # the machine's role, at the launch
     "iam:CreateServiceLinkedRole",  # once in an account's life, by EC2 on our behalf
     "servicequotas:GetServiceQuota",
+    "autoscaling:DescribeScalingActivities",  # why a maintained fleet's first members do not come
 }
 IN_RARE_CASES_ON_GCP = {
     "compute.images.get",  # an image named by its name, not by its family

@@ -64,6 +64,14 @@ def test_a_fleet_replaces_what_is_taken_and_finishes(opened: Open, folder: Path)
     assert_adds_up(summary, account)
 
 
+def test_a_fleet_finishes_though_api_calls_fail_at_random(opened: Open, folder: Path) -> None:
+    account: Account = opened(Fate(after_seconds=5, notice=False), probability=0.05, seed=11)
+    job = small_fleet(account, folder, seconds=8, machines=3, spot_share=0.67)
+    summary = carry(opened_run(job, account))
+    assert summary["state"] == "finished" and summary["finished"] == 3
+    assert_adds_up(summary, account)
+
+
 def test_a_maintained_fleet_is_kept_whole_by_the_cloud_and_ends_with_its_flow(opened: Open, folder: Path) -> None:
     account: Account = opened(Fate(after_seconds=5, notice=False))
     job = small_fleet(account, folder, seconds=600, machines=2, spot_share=0.5, kind="maintained", max_run_hours=9)

@@ -16,6 +16,8 @@ import yaml
 from prefect import flow
 
 from blocks.accounts import LocalAccount
+from blocks.budget import SpendingBudget
+from flows.__main__ import main
 from flows.fleet import carry_out_fleet
 from holdfast.drivers.local import LocalDriver
 from holdfast.drivers.local.config import Fate, ScriptedMarket
@@ -251,3 +253,34 @@ def test_the_reaper_ends_a_maintained_fleet_that_nobody_owns_and_nothing_replace
     wait_until(lambda: all(machine.state == "terminated" for machine in driver.machines({})))
     assert driver.fleets({}) == [] and len(driver.machines({})) == 2
     assert_nothing_left(driver)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"machines": 0}, ["machines", "got 0"]),
+        ({"spot_share": 1.5}, ["spot_share", "got 1.5"]),
+        ({"kind": "maintained"}, ["maintained", "max_run_hours"]),
+        ({"machines": None}, ["TrainingJob", "machines"]),
+        ({"script": "membr.py"}, ["script", "did you mean 'member.py'"]),
+        ({"resources": {"instance_types": ["c7i.larg"]}}, ["did you mean 'c7i.large'"]),
+        ({"machines": 6}, ["machines: 6 are more than max_machines", "5"]),
+        ({"max_run_hours": 1000}, ["budget 'small'", "1000 machine hours", "raise max_usd"]),
+    ],
+)
+def test_what_can_never_work_is_refused_before_anything_is_launched(
+    fields: dict[str, Any], words: list[str], folder: Path, prefect_api: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SpendingBudget(max_usd=2, max_machines=5).save("small", overwrite=True)
+    job = {"name": "bad", "script": "member.py", "code": str(PROGRAMS), "machines": 5, "max_run_hours": 2}
+    resources = {"instance_types": ["c7i.large"]}
+    job = {"resources": resources, **job, **fields}
+    if fields.get("kind"):
+        del job["max_run_hours"]
+    (folder / "fleet.yaml").write_text(
+        yaml.safe_dump({name: value for name, value in job.items() if value is not None})
+    )
+    assert main(["fleet", "fleet.yaml", "--budget", "small"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("refused: ") and all(word in said for word in words), said
+    assert not list(folder.glob(".holdfast/clouds/*/launches/*")) and not list(folder.glob(".holdfast/runs/*"))

@@ -22,6 +22,14 @@ from holdfast.drivers.protocol import (
 from holdfast.errors import ConfigError, TransientError
 
 
+class SomeOffers(list[Offer]):
+    """What some of the clouds offer, while another did not answer: what they lack may be had there."""
+
+    def __init__(self, found: Sequence[Offer], missing: TransientError) -> None:
+        super().__init__(found)
+        self.missing = missing
+
+
 class SeveralDrivers:
     """Implements `holdfast.drivers.protocol.Driver`; every call goes to the cloud that the pool names."""
 
@@ -50,7 +58,7 @@ class SeveralDrivers:
                 yield Finding(subject=f"{name} {found.subject}", ok=found.ok, detail=found.detail)
 
     def offers(self) -> Sequence[Offer]:
-        """Of every cloud that answers. Raises TransientError when none does."""
+        """Of every cloud that answers, as SomeOffers where one does not. Raises TransientError when none does."""
         found: list[Offer] = []
         errors: list[TransientError] = []
         with ThreadPoolExecutor(len(self._drivers)) as pool:
@@ -61,7 +69,7 @@ class SeveralDrivers:
                     errors.append(error)
         if not found and errors:
             raise errors[0]
-        return found
+        return SomeOffers(found, errors[0]) if errors else found
 
     def price_history(self, pool: CapacityPool, start: datetime, end: datetime) -> Sequence[PricePoint]:
         return self._of(pool.cloud).price_history(pool, start, end)
@@ -76,8 +84,14 @@ class SeveralDrivers:
         return [fleet for driver in self._drivers.values() for fleet in driver.fleets(tags)]
 
     def end_fleet(self, token: str, region: str) -> None:
+        refusals: list[ConfigError] = []
         for driver in self._drivers.values():
-            driver.end_fleet(token, region)
+            try:
+                driver.end_fleet(token, region)
+            except ConfigError as error:  # the region is another cloud's
+                refusals.append(error)
+        if len(refusals) == len(self._drivers):
+            raise refusals[0]
 
     def machines(self, tags: Mapping[str, str], max_age_seconds: float = 0.0, cloud: str = "") -> Sequence[Machine]:
         asked = [self._of(cloud)] if cloud else list(self._drivers.values())

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from holdfast.drivers.protocol import Driver, Offer
+from holdfast.drivers.several import SomeOffers
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import Environment, Resources, TrainingJob
 from holdfast.storage import ObjectStore
@@ -31,9 +32,13 @@ def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
         check_code(Path(job.code))
     except ConfigError as error:
         problems.append(str(error))
+    asked: Sequence[Offer] = []
     try:
-        offers = fitting_offers(job.resources, driver.offers())
+        asked = driver.offers()
+        offers = fitting_offers(job.resources, asked)
     except ConfigError as error:
+        if isinstance(asked, SomeOffers):
+            raise asked.missing from error
         problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer, PricePoint
+from holdfast.drivers.several import SomeOffers
 from holdfast.errors import (
     AlreadyExistsError,
     CapacityError,
@@ -187,8 +188,23 @@ class TrainingRun:
 
     def decide(self) -> Launch | Wait | GiveUp:
         """Where to go next; giving up is a decision too. Raises TransientError when the cloud does not tell its offers."""
+        return self._with_credentials(self._decide)
+
+    def _decide(self) -> Launch | Wait | GiveUp:
+        offers = self.driver.offers()
+        missing = offers.missing if isinstance(offers, SomeOffers) else None
+        try:
+            decision = self._decide_on(offers)
+        except ConfigError:
+            if missing:
+                raise missing from None
+            raise
+        if isinstance(decision, GiveUp) and missing and len(self.state.attempts) < self.job.max_attempts:
+            raise missing
+        return decision
+
+    def _decide_on(self, offers: Sequence[Offer]) -> Launch | Wait | GiveUp:
         state = self.state
-        offers = self._with_credentials(self.driver.offers)
         return decide(
             Situation(
                 now=self.driver.clock.now(),

@@ -38,6 +38,7 @@ def open_run(
         _refuse_small_budget(run, budget)
     elif state.fingerprint != fingerprint(job):
         raise ConfigError(_difference(state.job, job, run_id))
+    _refuse_missing_accounts(run)
     return run
 
 
@@ -46,6 +47,16 @@ def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
         raise ConfigError(
             f"store: {store.url!r} holds checkpoints under run id {run_id!r} that no journal explains: they are another "
             "job's; use another run_id, or another store"
+        )
+
+
+def _refuse_missing_accounts(run: TrainingRun) -> None:
+    """Of a cloud that can't be asked, a living machine would be taken for one that was never launched."""
+    used = {attempt.pool.cloud for attempt in run.state.attempts}
+    if missing := sorted(used - set(run.driver.name.split("+"))):
+        raise ConfigError(
+            f"account: run {run.run_id!r} has used {' and '.join(missing)}, and {run.driver.name} has no account there; "
+            "name that account too"
         )
 
 

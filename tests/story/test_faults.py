@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -15,6 +16,7 @@ from holdfast.drivers.local.config import Fate
 from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, RunTakenError, TransientError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import Fallback, Resources
+from holdfast.placement.policy import Launch
 from holdfast.storage import DirectoryStore, ObjectInfo
 from holdfast.storage.protocol import Data
 from holdfast.supervision.opening import open_run
@@ -32,6 +34,10 @@ from tests.chaos.runs import (
     trained_again,
     wait_until,
 )
+
+
+class Killed(BaseException):
+    """The orchestrator is gone at this very line."""
 
 
 class Outage(DirectoryStore):
@@ -159,6 +165,54 @@ def test_a_machine_that_the_cloud_does_not_show_any_more_does_not_hold_the_run_u
     assert_lost_steps_were_trained_again(summary, folder, "light")
 
 
+@pytest.mark.parametrize("shown_as", ["nothing", "a machine of which nobody knows why it ended"])
+def test_a_machine_that_the_cloud_has_forgotten_is_neither_launched_again_nor_billed_until_today(
+    shown_as: str, folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.supervision.watch.SILENT_SECONDS", 2.0)
+    monkeypatch.setattr("holdfast.supervision.watch.SILENT_WALL_SECONDS", 2.0)
+    job, driver = light_job(folder, steps=2000), cloud(folder, [], clock_speed=60.0)
+    dying = open_run(job, driver, store, None, "light")
+    with pytest.raises(Killed), dying:
+        dying.reserve(dying.decide())  # type: ignore[arg-type]
+        dying.launch()
+        for update in dying.supervise():
+            if (update.fields["step"] or 0) > 20:
+                raise Killed
+    [machine] = driver.machines({})
+    driver.terminate(machine.id, machine.pool)
+    wait_until(lambda: driver.machines({})[0].state == "terminated")
+    ended_at = driver.machines({})[0].terminated_at
+    assert ended_at
+    driver.clock.sleep(600)
+    forgotten = dataclasses.replace(machine, state="terminated", terminated_at=driver.clock.now(), reason="")
+    driver.machines = lambda *_, **__: [forgotten] if shown_as != "nothing" else []  # type: ignore[method-assign]
+    driver.launch = None  # type: ignore[assignment]
+    with open_run(job, driver, store, None, "light") as run:
+        assert run.launch().id == machine.id
+        list(run.supervise())
+        [attempt] = run.state.attempts
+        assert attempt.outcome in ("lost", "preempted")
+        assert attempt.committed_step
+        assert attempt.terminated_at
+        assert abs((attempt.terminated_at - ended_at).total_seconds()) < 300
+
+
+def test_a_run_that_has_used_another_cloud_is_not_taken_up_without_its_account(
+    folder: Path, store: DirectoryStore
+) -> None:
+    job, driver = light_job(folder), cloud(folder, [])
+    dying = open_run(job, driver, store, None, "light")
+    with pytest.raises(Killed), dying:
+        launch = dying.decide()
+        assert isinstance(launch, Launch)
+        pool = dataclasses.replace(launch.offer.pool, cloud="gcp")
+        dying.reserve(dataclasses.replace(launch, offer=dataclasses.replace(launch.offer, pool=pool)))
+        raise Killed
+    with pytest.raises(ConfigError, match="has used gcp"):
+        open_run(job, driver, store, None, "light")
+
+
 def test_refusals_by_every_pool_are_not_asked_again_at_once(folder: Path, store: DirectoryStore) -> None:
     only = Resources(zones=["local-1a"], instance_types=["c7i.large"])
     job = light_job(folder, steps=20, provisioning="spot", resources=only)
@@ -168,10 +222,6 @@ def test_refusals_by_every_pool_are_not_asked_again_at_once(folder: Path, store:
     first, second, third = run.state.attempts
     assert (second.reserved_at - first.detected_at).total_seconds() >= 30  # type: ignore[operator]
     assert (third.reserved_at - second.detected_at).total_seconds() >= 60  # type: ignore[operator]
-
-
-class Killed(BaseException):
-    """The orchestrator is gone at this very line."""
 
 
 BUDGET = Budget(name="team", max_usd=1, max_machines=1)

@@ -253,12 +253,15 @@ class TrainingRun:
     def launch(self) -> Machine:
         """Ask for the reserved attempt's machine, or adopt it if it was launched before a crash.
 
-        Raises CapacityError, QuotaError (the attempt has ended then), ConfigError, TransientError.
+        One that is in the journal is never asked for again: a cloud forgets a machine an hour after its end, and its
+        token a day later. Raises CapacityError, QuotaError (the attempt has ended then), ConfigError, TransientError.
         """
         attempt = self.state.open_attempt
         assert attempt, "reserve() comes first"
         self.keepalive.attempt = attempt.number
         self.keepalive.renew()
+        if attempt.machine:
+            return self._with_credentials(lambda: self._recorded(attempt))
         try:
             machine = self._with_credentials(lambda: self._adopt_or_launch(attempt))
         except CapacityError as error:
@@ -270,9 +273,14 @@ class TrainingRun:
         except ConfigError as error:
             self._record_end(attempt, Ending(outcome="program-failed", detail=f"the launch was refused: {error}"))
             raise
-        if not attempt.machine:
-            self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
+        self._append("launched", attempt=attempt.number, machine=machine.id, launched_at=_iso(machine.launched_at))
         return machine
+
+    def _recorded(self, attempt: Attempt) -> Machine:
+        """The attempt's machine. One that the cloud does not show is for the watch to wait for, or to declare gone."""
+        assert attempt.launched_at
+        unseen = Machine(id=attempt.machine, pool=attempt.pool, state="pending", launched_at=attempt.launched_at)
+        return next((machine for machine in self._machines(attempt) if machine.id == attempt.machine), unseen)
 
     def _adopt_or_launch(self, attempt: Attempt) -> Machine:
         living = self._machines(attempt)

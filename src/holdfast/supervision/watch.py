@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -115,10 +116,10 @@ class _Watch:
         return bool(self.ended_at or self.asked_at or noticed or quiet)
 
     def _vanished(self) -> Machine:
-        """A machine that the cloud has not shown for long: it is billed up to when it was last seen or heard of."""
+        """A machine that the cloud has not shown for long: it is billed up to when it was last seen, or spoke."""
         attempt = self.attempt
         assert attempt.launched_at
-        until = max(self.heard_at, self.seen_at if self.seen else attempt.launched_at)
+        until = max(self._last_words_at() or attempt.launched_at, self.seen_at if self.seen else attempt.launched_at)
         return Machine(
             id=attempt.machine,
             pool=attempt.pool,
@@ -128,6 +129,11 @@ class _Watch:
             reason="host-failed",
             detail="the cloud does not show the machine any more",
         )
+
+    def _last_words_at(self) -> datetime | None:
+        """When the machine last told the store something: it may have been long before this watch began."""
+        told = [report["at"] for report in (self.report, self._stored_end() or {}) if report.get("at")]
+        return max((datetime.fromisoformat(at) for at in told), default=None)
 
     # -- what the machine says ----------------------------------------------------------------------------------------
 
@@ -225,7 +231,15 @@ class _Watch:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
+    def _ended_when_it_spoke_last(self, machine: Machine) -> Machine:
+        """A cloud that can't say why a machine ended only no longer shows it, and that may be hours after its end."""
+        last = self._last_words_at()
+        if machine.reason or not machine.terminated_at or not last or last > machine.terminated_at:
+            return machine
+        return dataclasses.replace(machine, terminated_at=max(last, machine.launched_at))
+
     def _ending(self, machine: Machine) -> Ending:
+        machine = self._ended_when_it_spoke_last(machine)
         stored = self._stored_end()
         report = (stored or {}).get("report") or self.report
         console = self.run.driver.console(machine.id, machine.pool)

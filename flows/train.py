@@ -91,6 +91,8 @@ def state_after(error: BaseException) -> str:
 
 def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:
     """Attempts until one finishes. Preemption is retried by the task; a failing program has a budget of its own."""
+    if run.complete:
+        return  # an orchestrator died, or met an error, between that and the run's last word
     # What an attempt's tasks have done stays done: else Prefect would name them all RolledBack once it is preempted.
     with transaction(commit_mode=CommitMode.EAGER):
         for left in range(run.job.max_program_failures, -1, -1):

@@ -198,6 +198,21 @@ def test_a_machine_that_the_cloud_has_forgotten_is_neither_launched_again_nor_bi
         assert abs((attempt.terminated_at - ended_at).total_seconds()) < 300
 
 
+def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:
+    job, driver = light_job(folder, steps=30), cloud(folder, [])
+    dying = open_run(job, driver, store, None, "light")
+    killed_at(dying, "closed", before=True)
+    with pytest.raises(Killed), dying:
+        dying.reserve(dying.decide())  # type: ignore[arg-type]
+        dying.launch()
+        list(dying.supervise())
+        dying.close("finished")
+    _, summary = carry(job, driver, store, "light")
+    assert summary["state"] == "finished"
+    assert outcomes(summary) == [("spot", "finished")]
+    assert len(driver.machines({})) == 1
+
+
 def test_a_run_that_has_used_another_cloud_is_not_taken_up_without_its_account(
     folder: Path, store: DirectoryStore
 ) -> None:

@@ -141,13 +141,19 @@ class TrainingRun:
                 log.warning("can't ask who owns the run run=%s error=%s", self.run_id, error)
         return self.keepalive.taken
 
+    @property
+    def complete(self) -> bool:
+        """Has the last attempt finished? Then no machine is needed any more."""
+        attempts = self.state.attempts
+        return bool(attempts) and attempts[-1].outcome == "finished"
+
     def close(self, state: str, detail: str = "") -> None:
         """Settle every machine of the run and write its last word. Doing it again changes nothing.
 
         Raises HoldfastError when a run is to be finished whose last attempt has not finished.
         """
-        last = self.state.attempts[-1] if self.state.attempts else None
-        if state == "finished" and (last is None or last.outcome != "finished"):
+        if state == "finished" and not self.complete:
+            last = self.state.attempts[-1] if self.state.attempts else None
             raise HoldfastError(f"run {self.run_id!r} is not finished: its last attempt is {last and last.outcome!r}")
         self.settle()
         self._settle_budget(closing=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Agent:
         self.notice: Notice | None = None
         self._notice_lock = threading.Lock()
         self._told_program = False
+        self._was_heard = False
         self.program: subprocess.Popen[bytes] | None = None
         with contextlib.suppress(FileNotFoundError):
             for kind, wall in read_times(str(work / "boot.times")):
@@ -143,8 +144,9 @@ class Agent:
                 if time.monotonic() >= give_up_at:
                     raise ConfigError(f"{why}: it took longer than {PREPARATION_SECONDS:.0f} s\n{logs.tail()}")
                 if time.monotonic() >= next_beat:
-                    self._heartbeat()
-                    logs.ship()
+                    with self._noting_refusals():
+                        self._heartbeat()
+                        logs.ship()
                     next_beat = time.monotonic() + self._beat_every
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(TICK_SECONDS)
@@ -205,8 +207,9 @@ class Agent:
                 news = True
             self._pass_on_notice(logs)
             if news or time.monotonic() >= next_beat:
-                self._heartbeat()
-                logs.ship()
+                with self._noting_refusals():
+                    self._heartbeat()
+                    logs.ship()
                 next_beat = time.monotonic() + self._beat_every
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.program.wait(TICK_SECONDS)
@@ -238,8 +241,9 @@ class Agent:
             self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
             if not self.telemetry.attached:
                 self._signal_program(signal.SIGTERM)  # it does not read the notice file: say it the usual way
-            self._heartbeat()
-            logs.ship_all()
+            with self._noting_refusals():
+                self._heartbeat()
+                logs.ship_all()
         if notice.kind != "preemption" and notice.reclaim_at and now > notice.reclaim_at:
             self._kill_program()
 
@@ -250,7 +254,8 @@ class Agent:
         self.telemetry.read()
         for event in self.folders.finish():
             self.telemetry.add(event)
-        logs.finish(seconds=1.0)
+        with self._noting_refusals():
+            logs.finish(seconds=1.0)
         self._create_end({"outcome": self._outcome(status), "exit_status": status, "log_tail": logs.tail()})
 
     def _outcome(self, status: int) -> str:
@@ -281,7 +286,7 @@ class Agent:
                 return
             except AlreadyExistsError:
                 return
-            except TransientError as error:
+            except (TransientError, ConfigError) as error:
                 log.warning("the ending could not be stored error=%s", error)
                 if pause is not None:
                     time.sleep(pause)
@@ -293,8 +298,21 @@ class Agent:
     def _heartbeat(self) -> None:
         try:
             self.store.put(self.prefix + "heartbeat.json", json.dumps(self._report()).encode())
+            self._was_heard = True
         except TransientError as error:
             log.warning("heartbeat not stored error=%s", error)
+
+    @contextlib.contextmanager
+    def _noting_refusals(self) -> Iterator[None]:
+        """A store that refuses what it took before ends no training: the right may come back, and the work is kept till
+        then. One that refuses from the start would make every step worthless.
+        """
+        try:
+            yield
+        except ConfigError as error:
+            if not self._was_heard:
+                raise
+            log.warning("the store refuses what it took before error=%s", error)
 
     def _mark(self, kind: str, **fields: Any) -> None:
         self.telemetry.add({"kind": kind, "at": self.clock.now().isoformat(), **fields})

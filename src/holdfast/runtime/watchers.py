@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from holdfast.clock import Clock
-from holdfast.errors import NotFoundError, TransientError
+from holdfast.errors import HoldfastError
 from holdfast.runtime.contract import lease_key
 from holdfast.runtime.metadata import GcpMetadata, MetadataService, Notice, candidate_services
 from holdfast.storage import ObjectStore
@@ -80,7 +80,8 @@ class LeaseWatcher(threading.Thread):
         while True:
             try:
                 self._look()
-            except (TransientError, NotFoundError, ValueError, KeyError) as error:
+            except (HoldfastError, OSError, ValueError, KeyError, TypeError) as error:
+                # A store that refuses too: the lease that was read last must still end.
                 log.warning("lease can't be read error=%s", error)
             now = self._clock.now()
             if self._expires_at and now >= self._expires_at:

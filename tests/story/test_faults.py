@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from holdfast.drivers.local.config import Fate
+from holdfast.drivers.protocol import LaunchRequest, Machine
 from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, RunTakenError, TransientError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import Fallback, Resources
@@ -196,6 +197,36 @@ def test_a_machine_that_the_cloud_has_forgotten_is_neither_launched_again_nor_bi
         assert attempt.committed_step
         assert attempt.terminated_at
         assert abs((attempt.terminated_at - ended_at).total_seconds()) < 300
+
+
+def test_a_run_that_is_cancelled_in_the_middle_of_a_launch_ends_a_machine_that_is_shown_later(
+    folder: Path, store: DirectoryStore
+) -> None:
+    driver = cloud(folder, [])
+    launch, machines = driver.launch, driver.machines
+    shown_at = None
+
+    def interrupted(request: LaunchRequest) -> Machine:
+        nonlocal shown_at
+        launch(request)
+        shown_at = time.monotonic() + 1.5
+        raise KeyboardInterrupt
+
+    driver.launch = interrupted  # type: ignore[method-assign]
+    driver.machines = lambda *asked, **more: (  # type: ignore[method-assign]
+        machines(*asked, **more) if shown_at and time.monotonic() > shown_at else []
+    )
+    run = open_run(light_job(folder, steps=2000), driver, store, None, "light")
+    with run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            run.launch()
+        run.end("cancelled", "Ctrl-C")
+    assert run.state.state == "cancelled"
+    assert [attempt.outcome for attempt in run.state.attempts] == ["cancelled"]
+    assert run.state.attempts[0].machine
+    assert run.state.usd_total > 0
+    assert_nothing_left(driver)
 
 
 def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:

@@ -54,6 +54,8 @@ CLOUD_PATIENCE_WALL_SECONDS = 120.0
 CREDENTIALS_PATIENCE_WALL_SECONDS = 24 * 3600.0
 CREDENTIALS_POLL_WALL_SECONDS = 15.0
 """Credentials that have ended are for people to renew: the run waits for them for so long, and asks so often."""
+UNSEEN_WALL_SECONDS = 20.0
+"""How long a machine may take to be shown after a launch that was interrupted before it was answered."""
 STORE_PATIENCE_WALL_SECONDS = 600.0
 """How long an entry waits for a store that does not answer, before the run is given up."""
 FIRST_GUESS_RESTART_SECONDS = 120.0
@@ -82,6 +84,8 @@ class TrainingRun:
         self._owner = Ownership(store, run_id)
         self._bundle: Bundle | None = None
         self._unwritten_warnings: list[str] = []
+        self._asked_for = 0
+        """The attempt that this process asked the cloud for a machine for."""
         self._folded: tuple[int, RunState] = (-1, RunState(run_id))
         self.keepalive = Keepalive(store, run_id, driver.clock, job.lease_seconds, self._owner)
 
@@ -290,7 +294,11 @@ class TrainingRun:
 
     def _adopt_or_launch(self, attempt: Attempt) -> Machine:
         living = self._machines(attempt)
-        return living[0] if living else self.driver.launch(self._launch_request(attempt))
+        if living:
+            return living[0]
+        request = self._launch_request(attempt)
+        self._asked_for = attempt.number
+        return self.driver.launch(request)
 
     def supervise(self) -> Iterator[Update]:
         """Watch the open attempt to its end, which is in the journal when the iterator is exhausted."""
@@ -425,6 +433,8 @@ class TrainingRun:
         if self.taken:
             raise self._taken_error()
         machines = self._patiently(lambda: self._machines(attempt))
+        if not machines and not attempt.machine and self._asked_for == attempt.number:
+            machines = self._await_unseen(attempt, outcome)
         for machine in machines:  # before anything is written: a journal that can't be must not keep a machine alive
             self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
         if not attempt.machine and not machines:
@@ -437,6 +447,20 @@ class TrainingRun:
         for told in watch_attempt(self, attempt, asked_to_end=outcome):
             if isinstance(told, Ending):
                 self._record_end(attempt, dataclasses.replace(told, detail=told.detail or why))
+
+    def _await_unseen(self, attempt: Attempt, outcome: contract.Outcome) -> list[Machine]:
+        """The machine of a launch whose answer never came, once the cloud shows it, if there is one.
+
+        One that is shown later still is told by its lease, which it reads first of all.
+        """
+        try:
+            self.keepalive.ask_to_stop(outcome, 0)
+        except HoldfastError as error:  # then the lease ends by itself, some minutes later
+            log.warning("lease not ended run=%s error=%s", self.run_id, error)
+        give_up_at = time.monotonic() + UNSEEN_WALL_SECONDS
+        while not (machines := self._patiently(lambda: self._machines(attempt))) and time.monotonic() < give_up_at:
+            time.sleep(min(1.0, self.driver.poll_seconds))
+        return machines
 
     def _told_end(self, attempt: Attempt) -> Update:
         kind = "preempted" if attempt.outcome in ("preempted", "lost") else "ended"

@@ -81,6 +81,30 @@ def test_a_write_whose_answer_was_lost_is_not_taken_for_another_writer_s(store: 
     assert [entry.kind for entry in journal(store).read()] == ["one", "two"]
 
 
+def test_a_write_that_could_not_even_be_looked_for_is_known_when_it_is_asked_for_again(store: DirectoryStore) -> None:
+    class Away(FailingStore):
+        away = True
+
+        def create(self, key: str, data: Data | Iterable[Data]) -> None:
+            store.create(key, data)
+            if self.away:
+                raise TransientError("written, but nobody said so")
+
+        def get(self, key: str) -> bytes:
+            if self.away:
+                raise TransientError("the store does not answer")
+            return store.get(key)
+
+    away = Away(store)
+    writer = journal(away)
+    with pytest.raises(TransientError):
+        writer.append("one", AT)
+    away.away = False
+    assert writer.append("one", AT).number == 1
+    assert writer.append("two", AT).number == 2
+    assert [entry.kind for entry in journal(store).read()] == ["one", "two"]
+
+
 def test_a_write_that_did_not_happen_is_an_error(store: DirectoryStore) -> None:
     writer = journal(FailingStore(store, at=[1], fail=unreachable))
     with pytest.raises(TransientError):

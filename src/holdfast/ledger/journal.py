@@ -28,6 +28,7 @@ class Journal:
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store, self._prefix = store, prefix
         self._entries: list[Entry] = []
+        self._unanswered = ("", "")
 
     def read(self) -> list[Entry]:
         """Every entry so far. Only new ones are fetched."""
@@ -38,7 +39,10 @@ class Journal:
         return list(self._entries)
 
     def append(self, kind: str, at: datetime, **fields: Any) -> Entry:
-        """Write the entry that follows the last one read. Raises AlreadyExistsError when another writer did first."""
+        """Write the entry that follows the last one read. Raises AlreadyExistsError when another writer did first.
+
+        Asked again with the same `at` after a TransientError, it knows an entry of its own.
+        """
         number = len(self._entries) + 1
         body = json.dumps({"kind": kind, "at": at.isoformat(), **fields}, separators=(",", ":"))
         key = f"{self._prefix}{number:06d}.json"
@@ -46,7 +50,11 @@ class Journal:
             self._store.create(key, body.encode())
         except TransientError:
             # The write may have happened and only its answer be lost; asking again would take it for another writer's.
+            self._unanswered = key, body
             if not self._holds(key, body.encode()):
+                raise
+        except AlreadyExistsError:
+            if self._unanswered != (key, body) or not self._holds(key, body.encode()):
                 raise
         entry = self._parse(number, body.encode())
         self._entries.append(entry)

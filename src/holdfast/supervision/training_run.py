@@ -349,9 +349,10 @@ class TrainingRun:
         """Waits for a store that does not answer: what has happened must be written down, however late."""
         give_up_at = time.monotonic() + (STORE_PATIENCE_WALL_SECONDS if patient else 0)
         pause = 0.5
+        now = self.driver.clock.now()  # the same at every try, so that the journal knows its own entry
         while True:
             try:
-                return self._journal.append(kind, self.driver.clock.now(), **fields)
+                return self._journal.append(kind, now, **fields)
             except AlreadyExistsError as error:
                 self.keepalive.taken = True
                 raise self._taken_error() from error

@@ -31,6 +31,7 @@ def open_fleet_run(
         _refuse_what_can_not_begin(run, budget)
     elif state.fingerprint != fleet_fingerprint(job):
         raise ConfigError(_difference(run))
+    refuse_missing_accounts(run_id, driver, run.clouds())
     return run
 
 
@@ -54,6 +55,15 @@ def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
         raise ConfigError(
             f"machines: {job.machines} are more than max_machines of budget {budget.name!r}, {budget.max_machines}; "
             "lower the one, or raise the other"
+        )
+
+
+def refuse_missing_accounts(run_id: str, driver: Driver, used: list[str]) -> None:
+    """Of a cloud that can't be asked, a living machine would be taken for one that was never launched."""
+    if missing := sorted(set(used) - set(driver.name.split("+"))):
+        raise ConfigError(
+            f"account: run {run_id!r} has used {' and '.join(missing)}, and {driver.name} has no account there; name that "
+            "account too"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from holdfast.drivers.protocol import Driver, FleetRequest, Machine, Offer, PricePoint
+from holdfast.drivers.several import SomeOffers
 from holdfast.errors import (
     CapacityError,
     ConfigError,
@@ -126,8 +127,24 @@ class FleetRun(Run[FleetState]):
             return None
         if self.maintained and any(past.members for past in self._rounds()):
             return None  # the cloud replaces by itself
-        offers = self._with_credentials(self.driver.offers)
-        return decide_round(self._situation(fitting_offers(self.job.resources, offers)))
+        return self._with_credentials(self._decide)
+
+    def _decide(self) -> LaunchRound | Wait | GiveUp | None:
+        offers = self.driver.offers()
+        missing = offers.missing if isinstance(offers, SomeOffers) else None
+        try:
+            decision = decide_round(self._situation(fitting_offers(self.job.resources, offers)))
+        except ConfigError:
+            if missing:
+                raise missing from None
+            raise
+        if isinstance(decision, GiveUp) and missing and not self._replacements_used_up():
+            raise missing
+        return decision
+
+    def _replacements_used_up(self) -> bool:
+        refusals = sum(one.refusal is not None for one in self._rounds())
+        return len(self.state.unfinished(*UNFINISHED)) + refusals > self.job.max_replacements
 
     def _situation(self, offers: Sequence[Offer]) -> FleetSituation:
         state = self.state

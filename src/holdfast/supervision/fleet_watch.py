@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -51,7 +52,9 @@ class _Heard:
 
     at: datetime
     wall: float
-    seen_at: datetime
+    since: datetime
+    """When this watch began to look for it."""
+    seen_at: datetime | None = None
     report_at: str = ""
     look_again_at: datetime | None = None
     ended_at: datetime | None = None
@@ -173,10 +176,11 @@ class FleetWatch:
             machine = machines.get(member.machine)
             if machine:
                 heard.seen_at = now
-            elif self._is_silent(heard.seen_at, heard.wall, SILENT_SECONDS):
+            elif self._is_silent(heard.seen_at or heard.since, heard.wall, SILENT_SECONDS):
                 self.run.driver.terminate(member.machine, member.pool)  # in case it is there after all
-                machine = _vanished(member, max(heard.at, heard.seen_at))
+                machine = self._vanished(member)
             if machine and machine.state == "terminated":
+                machine = self._ended_when_it_spoke_last(member, machine)
                 outcome, detail = self._outcome(member, machine)
                 ends.append(MemberEnd(machine=machine, outcome=outcome, detail=detail))
         if not ends:
@@ -245,7 +249,7 @@ class FleetWatch:
         if member.machine not in self.heard:
             now = self.run.driver.clock.now()
             first = now + timedelta(seconds=SILENT_SECONDS / 2)
-            self.heard[member.machine] = _Heard(at=now, wall=time.monotonic(), seen_at=now, look_again_at=first)
+            self.heard[member.machine] = _Heard(at=now, wall=time.monotonic(), since=now, look_again_at=first)
         return self.heard[member.machine]
 
     def _report(self, member: Member) -> dict[str, Any] | None:
@@ -282,6 +286,35 @@ class FleetWatch:
             return "program-failed", f"the machine never reached the program; {self._last_words(machine)}"
         return "lost", machine.detail or f"the machine is gone: {machine.reason or 'no reason given'}"
 
+    def _ended_when_it_spoke_last(self, member: Member, machine: Machine) -> Machine:
+        """A cloud that can't say why a machine ended only no longer shows it, and that may be hours after its end."""
+        if machine.reason or not machine.terminated_at:
+            return machine
+        last = self._last_words_at(member)
+        if not last or last > machine.terminated_at:
+            return machine
+        return dataclasses.replace(machine, terminated_at=max(last, machine.launched_at))
+
+    def _vanished(self, member: Member) -> Machine:
+        """A machine that the cloud has not shown for long: it is billed up to when it was last seen, or spoke."""
+        known = (member.launched_at, self._last_words_at(member), self._heard_of(member).seen_at)
+        return Machine(
+            id=member.machine,
+            pool=member.pool,
+            state="terminated",
+            launched_at=member.launched_at,
+            terminated_at=max(at for at in known if at),
+            reason="host-failed",
+            detail="the cloud does not show the machine any more",
+        )
+
+    def _last_words_at(self, member: Member) -> datetime | None:
+        """When the machine last told the store something: it may have been long before this watch began."""
+        told = [
+            report["at"] for report in (self._report(member), self._stored_end(member)) if report and "at" in report
+        ]
+        return max((datetime.fromisoformat(at) for at in told), default=None)
+
     def _stored_end(self, member: Member) -> dict[str, Any] | None:
         """Looked for once more: it may have been stored between our two looks."""
         if member.machine not in self.ends:
@@ -309,19 +342,6 @@ class FleetWatch:
         if counts != self.told or time.monotonic() - self.told_wall > PROGRESS_WALL_SECONDS:
             self.told, self.told_wall = counts, time.monotonic()
             yield self.run.update("progress", ", ".join(f"{number} {name}" for name, number in counts.items()))
-
-
-def _vanished(member: Member, until: datetime) -> Machine:
-    """A machine that the cloud has not shown for long: it is billed up to when it was last seen or heard of."""
-    return Machine(
-        id=member.machine,
-        pool=member.pool,
-        state="terminated",
-        launched_at=member.launched_at,
-        terminated_at=max(until, member.launched_at),
-        reason="host-failed",
-        detail="the cloud does not show the machine any more",
-    )
 
 
 def _some(machines: list[Machine]) -> str:

@@ -229,6 +229,26 @@ def test_a_run_that_is_cancelled_in_the_middle_of_a_launch_ends_a_machine_that_i
     assert_nothing_left(driver)
 
 
+@pytest.mark.parametrize("problem", [ConfigError("you may not"), TransientError("not now")], ids=["refused", "away"])
+def test_an_end_is_written_down_though_neither_console_nor_prices_are_to_be_had(
+    problem: HoldfastError, folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.supervision.watch.CONSOLE_WALL_SECONDS", 1.0)
+    monkeypatch.setattr("holdfast.supervision.training_run.CLOUD_PATIENCE_WALL_SECONDS", 1.0)
+    driver = cloud(folder, [])
+
+    def refused(*_: Any) -> Any:
+        raise problem
+
+    driver.console = refused  # type: ignore[method-assign]
+    driver.price_history = refused  # type: ignore[method-assign]
+    _, summary = carry(light_job(folder, steps=30), driver, store, "light")
+    assert outcomes(summary) == [("spot", "finished")]
+    assert summary["steps_total"] == 30
+    assert summary["usd_total"] > 0
+    assert sum(str(problem) in warning for warning in summary["warnings"]) == 2
+
+
 def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:
     job, driver = light_job(folder, steps=30), cloud(folder, [])
     dying = open_run(job, driver, store, None, "light")

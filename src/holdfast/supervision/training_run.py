@@ -418,10 +418,10 @@ class TrainingRun:
             log.warning("budget not settled yet run=%s error=%s", self.run_id, error)  # close() does it
 
     def _prices(self, attempt: Attempt, start: datetime, end: datetime) -> Sequence[PricePoint]:
-        """What held then; the price that was reserved at, with a warning, when the cloud does not tell for long."""
+        """What held then; the price that was reserved at, with a warning, when the cloud does not tell, or not for long."""
         try:
             return self._patiently(lambda: self.driver.price_history(attempt.pool, start, end))
-        except TransientError as error:
+        except (TransientError, ConfigError) as error:
             self.warn(
                 f"attempt {attempt.number} is billed at the price of its reservation, no history was told: {error}"
             )

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from holdfast.drivers.protocol import Machine
-from holdfast.errors import CredentialsError, NotFoundError, RunTakenError, TransientError
+from holdfast.errors import ConfigError, CredentialsError, NotFoundError, RunTakenError, TransientError
 from holdfast.ledger.run_state import Attempt
 from holdfast.runtime.contract import Outcome, attempt_prefix, checkpoint_prefix
 from holdfast.supervision.updates import Update
@@ -27,10 +27,13 @@ QUIET_WALL_SECONDS = 15.0
 """A machine tells something every 2 s; one that does not for so long may be gone."""
 POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
+CONSOLE_WALL_SECONDS = 60.0
+"""An ended machine's console is asked for so long, and then done without."""
 NO_CHECKPOINT_SECONDS = 300.0
 # The console outlives the machine, so it knows what the last heartbeat did not.
-TRAINED = re.compile(r"^holdfast: step (\d+)", re.MULTILINE)
-RESUMED = re.compile(r"^holdfast: phase resumed (\d+)", re.MULTILINE)
+# A cloud may cut it off in the middle of a number.
+TRAINED = re.compile(r"^holdfast: step (\d+)(?=\s)", re.MULTILINE)
+RESUMED = re.compile(r"^holdfast: phase resumed (\d+)(?=\s)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class _Watch:
         self.seen: Machine | None = None
         self.seen_at = self.clock.now()
         self.warned_of_commits = False
+        self.asked_console_at: float | None = None
         if attempt.asked_to_end and not asked_to_end:  # by an orchestrator that died since
             self.asked_to_end, self.detail = attempt.asked_to_end
             self.asked_at = self.clock.now()
@@ -242,7 +246,7 @@ class _Watch:
         machine = self._ended_when_it_spoke_last(machine)
         stored = self._stored_end()
         report = (stored or {}).get("report") or self.report
-        console = self.run.driver.console(machine.id, machine.pool)
+        console = self._console(machine)
         outcome, detail = self._outcome(machine, stored, console)
         if outcome == "finished":
             self._warn_of_an_odd_end(report)
@@ -264,6 +268,18 @@ class _Watch:
             committed_step=committed,
             report={name: report[name] for name in kept if name in report},
         )
+
+    def _console(self, machine: Machine) -> str:
+        """Empty where it can't be read: its last steps are not worth an end that is never written down."""
+        try:
+            return self.run.driver.console(machine.id, machine.pool)
+        except (ConfigError, TransientError) as error:
+            now = time.monotonic()
+            self.asked_console_at = self.asked_console_at or now
+            if isinstance(error, TransientError) and now - self.asked_console_at < CONSOLE_WALL_SECONDS:
+                raise
+            self.run.warn(f"a console can't be read, steps after a machine's last report are not known: {error}")
+            return ""
 
     def _warn_of_an_odd_end(self, report: dict[str, Any]) -> None:
         marks = report.get("marks", {})

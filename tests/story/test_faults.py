@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.drivers.local.config import Fate
 from holdfast.drivers.protocol import LaunchRequest, Machine
-from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, RunTakenError, TransientError
+from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, QuotaError, RunTakenError, TransientError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import Fallback, Resources
 from holdfast.placement.policy import Launch
@@ -247,6 +247,23 @@ def test_an_end_is_written_down_though_neither_console_nor_prices_are_to_be_had(
     assert summary["steps_total"] == 30
     assert summary["usd_total"] > 0
     assert sum(str(problem) in warning for warning in summary["warnings"]) == 2
+
+
+def test_a_run_that_is_taken_up_again_asks_anew_for_what_a_quota_refused(folder: Path, store: DirectoryStore) -> None:
+    job = light_job(folder, steps=30, provisioning="spot", resources=Resources(instance_types=["c7i.large"]))
+    driver = cloud(folder, [])
+    launch = driver.launch
+
+    def refused(_: LaunchRequest) -> Machine:
+        raise QuotaError("the account may have no more")
+
+    driver.launch = refused  # type: ignore[method-assign]
+    with pytest.raises(OverBudgetError, match="may have no more"):
+        carry(job, driver, store, "light")
+    driver.launch = launch  # type: ignore[method-assign]
+    _, summary = carry(job, driver, store, "light")
+    assert summary["state"] == "finished"
+    assert {outcome for _, outcome in outcomes(summary)[:-1]} == {"quota"}
 
 
 def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:

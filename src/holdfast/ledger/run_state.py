@@ -77,6 +77,8 @@ class RunState:
     """URL of the store that the checkpoints go to."""
     started_at: datetime | None = None
     closed_at: datetime | None = None
+    reopened_at: datetime | None = None
+    """When a run that had failed, or was given up, was last taken up again."""
     state: str = "new"
     """new, running, finished, failed, cancelled, over-budget."""
     detail: str = ""
@@ -122,6 +124,7 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                 state.recoveries += 1
             case "reopened":
                 state.state, state.closed_at, state.detail = "running", None, ""
+                state.reopened_at = entry.at
             case "reserved":
                 state.attempts.append(
                     Attempt(

@@ -219,7 +219,11 @@ class TrainingRun:
             Situation(
                 now=self.driver.clock.now(),
                 offers=fitting_offers(self.job.resources, offers),
-                attempts=[past_attempt(attempt, self.job) for attempt in state.attempts if attempt.outcome],
+                attempts=[
+                    past_attempt(one, self.job)
+                    for one in state.attempts
+                    if one.outcome and not _is_forgiven(one, state)
+                ],
                 provisioning=self.job.provisioning,
                 failed_spot_attempts_to_fall_back=self.job.fallback.after_failed_spot_attempts,
                 max_attempts=self.job.max_attempts,
@@ -599,6 +603,13 @@ def past_attempt(attempt: Attempt, job: TrainingJob) -> PastAttempt:
         detail=attempt.detail,
         ended_at=attempt.detected_at,
         made_progress=_made_progress(attempt, job),
+    )
+
+
+def _is_forgiven(attempt: Attempt, state: RunState) -> bool:
+    """Whoever takes a run up again may have been given the quota that was lacking: its pools are asked anew."""
+    return attempt.outcome == "quota" and bool(
+        state.reopened_at and attempt.detected_at and attempt.detected_at < state.reopened_at
     )
 
 

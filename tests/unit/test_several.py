@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
-from holdfast.drivers.protocol import Offer
+from holdfast.drivers.protocol import Fleet, LaunchRequest, Machine, Offer
 from holdfast.drivers.several import SeveralDrivers
 from holdfast.errors import ConfigError, CredentialsError, TransientError
 from holdfast.model import Resources, TrainingJob
 from holdfast.placement.policy import Launch
+from holdfast.runtime.contract import store_tag
 from holdfast.storage import DirectoryStore
 from holdfast.supervision import training_run
 from holdfast.supervision.opening import open_run
+from holdfast.supervision.reap import reap
 from tests.conftest import PROGRAMS
 
 
@@ -39,6 +42,12 @@ class OtherCloud(LocalDriver):
 
     def offers(self) -> Sequence[Offer]:
         return [offer for offer in super().offers() if not offer.gpus]
+
+    def fleets(self, tags: Mapping[str, str]) -> Sequence[Fleet]:
+        raise ConfigError("no permission to list fleets")
+
+    def machines(self, tags: Mapping[str, str], max_age_seconds: float = 0.0, cloud: str = "") -> Sequence[Machine]:
+        raise CredentialsError("renew them")
 
     def end_fleet(self, token: str, region: str) -> None:
         raise ConfigError(f"region {region!r} is none of this account's")
@@ -93,3 +102,23 @@ def test_a_fleet_of_a_region_that_no_cloud_knows_is_an_error(tmp_path: Path) -> 
     driver = SeveralDrivers([OtherCloud(LocalCloudConfig(root=tmp_path / "one"))])
     with pytest.raises(ConfigError, match="'nowhere'"):
         driver.end_fleet("fleet-1", "nowhere")
+
+
+def test_an_orphan_is_reaped_although_another_cloud_can_t_be_asked(tmp_path: Path) -> None:
+    one, driver = both(tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    orphan = one.launch(
+        LaunchRequest(
+            token="orphan-0001",
+            pool=one.offers()[0].pool,
+            tags={"holdfast-run": "orphan", "holdfast-store": store_tag(store.url)},
+            environment={},
+            startup_script="#!/bin/bash\nsleep 600\n",
+        )
+    )
+    with pytest.raises(TransientError, match="renew them"):
+        reap(driver, store)
+    give_up_at = time.monotonic() + 30
+    while [(machine.id, machine.state) for machine in one.machines({})] != [(orphan.id, "terminated")]:
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from holdfast.drivers.protocol import Driver, Machine
 from holdfast.errors import HoldfastError, NotFoundError, TransientError
@@ -14,6 +17,8 @@ from holdfast.storage import ObjectStore
 from holdfast.supervision.ownership import Ownership
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +32,14 @@ class Reaped:
 def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
     """Terminate every machine of this store's runs whose run has no live owner and whose lease is over.
 
-    Maintained fleets first: what is left of one would be replaced. Machines of other stores are left alone: their leases can't be read from here. One machine that can't be judged or
-    ended does not keep the others alive; raises TransientError for it when they have had their turn.
+    Maintained fleets first: what is left of one would be replaced. Machines of other stores are left alone: their leases
+    can't be read from here. One machine that can't be judged or ended, and one cloud that can't be asked, do not keep the
+    others alive; raises TransientError for it when they have had their turn.
     """
-    reaped, failures = [], []
-    for fleet in driver.fleets({"holdfast-store": store_tag(store.url)}):
+    reaped: list[Reaped] = []
+    failures: list[str] = []
+    tags = {"holdfast-store": store_tag(store.url)}
+    for fleet in _asked("fleets", lambda: driver.fleets(tags), failures):
         run_id = fleet.tags.get("holdfast-run", "")
         try:
             if why := _why_orphaned(run_id, driver, store):
@@ -41,7 +49,9 @@ def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
         except (HoldfastError, OSError, ValueError, KeyError) as error:
             log.error("fleet=%s can't be judged or ended: %r", fleet.token, error)
             failures.append(f"fleet {fleet.token}: {error!r}")
-    for machine in driver.machines({"holdfast-store": store_tag(store.url)}):
+    clouds = driver.name.split("+")
+    listed = [_asked(name, lambda name=name: driver.machines(tags, cloud=name), failures) for name in clouds]
+    for machine in itertools.chain.from_iterable(listed):
         if machine.state == "terminated":
             continue
         try:
@@ -55,6 +65,15 @@ def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
     if failures:
         raise TransientError(f"{len(failures)} machines or fleets can't be judged or ended: {'; '.join(failures)}")
     return reaped
+
+
+def _asked(what: str, ask: Callable[[], Sequence[T]], failures: list[str]) -> Sequence[T]:
+    try:
+        return ask()
+    except HoldfastError as error:
+        log.error("%s can't be listed: %r", what, error)
+        failures.append(f"{what}: {error!r}")
+        return []
 
 
 def _why_orphaned(run_id: str, driver: Driver, store: ObjectStore) -> str:

@@ -14,7 +14,15 @@ import pytest
 
 from holdfast.drivers.local.config import Fate
 from holdfast.drivers.protocol import LaunchRequest, Machine
-from holdfast.errors import ConfigError, HoldfastError, OverBudgetError, QuotaError, RunTakenError, TransientError
+from holdfast.errors import (
+    CapacityError,
+    ConfigError,
+    HoldfastError,
+    OverBudgetError,
+    QuotaError,
+    RunTakenError,
+    TransientError,
+)
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import Fallback, Resources
 from holdfast.placement.policy import Launch
@@ -264,6 +272,31 @@ def test_a_run_that_is_taken_up_again_asks_anew_for_what_a_quota_refused(folder:
     _, summary = carry(job, driver, store, "light")
     assert summary["state"] == "finished"
     assert {outcome for _, outcome in outcomes(summary)[:-1]} == {"quota"}
+
+
+def test_an_attempt_s_end_does_not_read_the_whole_budget_again(folder: Path, store: DirectoryStore) -> None:
+    class Counting(DirectoryStore):
+        reads = 0
+
+        def get(self, key: str) -> bytes:
+            self.reads += key.startswith("budgets/")
+            return super().get(key)
+
+    counted, ledger = Counting(folder / ".holdfast"), BudgetLedger(store, BUDGET)
+    driver = cloud(folder, [Fate(refuse=True)] * 20)
+    for number in range(10):  # of other runs
+        ledger.reserve(f"other-{number}", 0.01, driver.clock.now())
+        ledger.settle(f"other-{number}", 0.01, driver.clock.now())
+    run = open_run(light_job(folder, provisioning="spot"), driver, counted, BUDGET, "light")
+    with run:
+        for _ in range(6):
+            run.reserve(run.decide())  # type: ignore[arg-type]
+            with pytest.raises(CapacityError):
+                run.launch()
+        run.close("cancelled")
+    entries = len(store.list("budgets/"))
+    assert entries == 32
+    assert counted.reads <= 2 * entries  # open_run has a ledger of its own
 
 
 def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:

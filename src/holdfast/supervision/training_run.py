@@ -80,6 +80,8 @@ class TrainingRun:
         self.job, self.driver, self.store, self.run_id = job, driver, store, run_id
         self._fits = fits
         self._budget = BudgetLedger(store, budget) if budget else None
+        self._ledgers = {self._budget.name: self._budget} if self._budget else {}
+        """By name of the budget."""
         self._journal = Journal(store, contract.journal_prefix(run_id))
         self._owner = Ownership(store, run_id)
         self._bundle: Bundle | None = None
@@ -386,11 +388,16 @@ class TrainingRun:
         now = self.driver.clock.now()
         for attempt in self.state.attempts:
             if attempt.budget and attempt.outcome:  # it may have been reserved from another budget than today's
-                ledger = BudgetLedger(self.store, Budget(name=attempt.budget, max_usd=0, max_machines=0))
-                ledger.settle(self._token(attempt.number), attempt.usd, now)
+                self._ledger(attempt.budget).settle(self._token(attempt.number), attempt.usd, now)
         if closing and self._budget and not self.state.open_attempt:
             # Reserved, but the attempt never came into the journal: no machine was asked for.
             self._budget.settle(self._token(len(self.state.attempts) + 1), 0.0, now)
+
+    def _ledger(self, budget: str) -> BudgetLedger:
+        """One for each budget: of a journal that all runs share, and that only grows, it reads each entry once."""
+        if budget not in self._ledgers:
+            self._ledgers[budget] = BudgetLedger(self.store, Budget(name=budget, max_usd=0, max_machines=0))
+        return self._ledgers[budget]
 
     def _record_end(self, attempt: Attempt, ending: Ending) -> None:
         """Bill the machine and write the attempt's end. Every second is charged here and nowhere else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +11,8 @@ from prefect_aws import AwsCredentials
 from prefect_gcp import GcpCredentials
 from pydantic import Field
 
-from blocks.credentials import aws_session
-from blocks.loading import load_saved
+from blocks.credentials import READ_AGAIN_SECONDS, Reload, aws_session, google_credentials
+from blocks.loading import load_now, load_saved
 from holdfast.drivers.aws.config import AwsConfig
 from holdfast.drivers.gcp.config import GcpConfig
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
@@ -54,20 +54,25 @@ class AwsAccount(Block):
     _block_type_name: ClassVar[str] = "AWS Account"
     _block_type_slug: ClassVar[str] = "aws-account"
 
-    credentials: AwsCredentials = Field(default_factory=AwsCredentials, title="Credentials")
+    # Not in the block's repr: a session token is no SecretStr there, and logs print what they are given.
+    credentials: AwsCredentials = Field(default_factory=AwsCredentials, title="Credentials", repr=False)
     settings: AwsConfig = Field(title="Settings", description="Regions, types, image, role, volume.")
 
-    def driver(self) -> Driver:
-        """Raises ConfigError when the settings contradict each other."""
+    def driver(self, read_again_seconds: float = READ_AGAIN_SECONDS) -> Driver:
+        """`read_again_seconds`: for which keys that were typed into the block are taken to be the newest.
+
+        Raises ConfigError when the settings contradict each other, or name a profile that is not there.
+        """
         from holdfast.drivers.aws.driver import AwsDriver  # late: boto3's clients are for those who use them
 
         client = self.credentials.aws_client_parameters.get_params_override()
         settings = self.settings.model_copy(update={"client_parameters": {**self.settings.client_parameters, **client}})
-        return AwsDriver(settings, aws_session(self.credentials, self._reloader()))
+        return AwsDriver(settings, aws_session(self.credentials, self._reload(), read_again_seconds))
 
-    def _reloader(self) -> Callable[[], AwsCredentials] | None:
+    def _reload(self) -> Reload | None:
         name = self._block_document_name
-        return (lambda: AwsAccount.load(name).credentials) if name else None
+        # Not `load`: in a thread with an event loop that would be a coroutine.
+        return (lambda: load_now(AwsAccount, name).credentials) if name else None
 
     def check(self) -> str:
         """One screen: what works, and which permission, quota or image is missing."""
@@ -81,14 +86,14 @@ class GcpAccount(Block):
     _block_type_name: ClassVar[str] = "GCP Account"
     _block_type_slug: ClassVar[str] = "gcp-account"
 
-    credentials: GcpCredentials = Field(title="Credentials")
+    credentials: GcpCredentials = Field(title="Credentials", repr=False)
     settings: GcpConfig = Field(title="Settings", description="Project, regions, types, image, service account.")
 
     def driver(self) -> Driver:
-        """Raises ConfigError when the settings contradict each other."""
+        """Raises ConfigError when this computer has no credentials, and the block none of its own."""
         from holdfast.drivers.gcp.driver import GcpDriver
 
-        return GcpDriver(self.settings, self.credentials.get_credentials_from_service_account())
+        return GcpDriver(self.settings, google_credentials(self.credentials))
 
     def check(self) -> str:
         """One screen: what works, and which permission, quota or image is missing."""

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.cloud import compute_v1
 
 from holdfast.drivers.gcp import operations_log
 from holdfast.drivers.gcp.console import tail
@@ -165,6 +167,30 @@ def test_an_instance_that_the_list_forgets_for_a_moment_stays_as_it_was(gce: Gce
     assert driver.machines({}) == [before]
     gce.invisible_seconds = 0.0
     assert driver.machines({}) == [before] and before.id == machine.id
+
+
+def test_an_instance_whose_deletion_failed_is_shown_as_what_it_is_and_can_be_deleted_again(
+    gce: GceEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.drivers.gcp.machines.CLEAR_AGAIN_SECONDS", 0.5)
+    driver = gce.driver()
+    machine = driver.launch(asked())
+    wait_for(lambda: next((one for one in driver.machines({}) if one.state == "running"), None))
+    begin = gce._begin_deletion
+
+    def fails(instance: Any, user: str = "") -> compute_v1.Operation:
+        operation = gce._operation("delete", f"zones/{instance.zone}", f"instances/{machine.id}", done=True)
+        gce._fail(operation, 503, "INTERNAL_ERROR", "Internal error.")
+        return operation
+
+    gce._begin_deletion = fails  # type: ignore[method-assign]
+    driver.terminate(machine.id, SPOT)
+    assert described(driver, machine).state == "stopping"
+    time.sleep(0.6)
+    assert described(driver, machine).state == "running"
+    gce._begin_deletion = begin  # type: ignore[method-assign]
+    driver.terminate(machine.id, SPOT)
+    assert ended(driver, machine).reason == "terminated-by-user"
 
 
 def test_an_instance_that_stays_away_unexplained_is_asked_for_by_name_and_then_over(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from holdfast.drivers.local.config import Fate
-from holdfast.drivers.protocol import LaunchRequest, Machine
+from holdfast.drivers.protocol import CapacityPool, LaunchRequest, Machine
 from holdfast.errors import (
     CapacityError,
     ConfigError,
@@ -297,6 +297,29 @@ def test_an_attempt_s_end_does_not_read_the_whole_budget_again(folder: Path, sto
     entries = len(store.list("budgets/"))
     assert entries == 32
     assert counted.reads <= 2 * entries  # open_run has a ledger of its own
+
+
+def test_a_termination_that_came_to_nothing_is_repeated(
+    folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.supervision.watch.STOP_GRACE_SECONDS", 0.5)
+    driver = cloud(folder, [])
+    terminate, asked = driver.terminate, list[str]()
+
+    def forgets_the_first(machine_id: str, pool: CapacityPool) -> None:
+        asked.append(machine_id)
+        if len(asked) > 1:
+            terminate(machine_id, pool)
+
+    driver.terminate = forgets_the_first  # type: ignore[method-assign]
+    with open_run(light_job(folder, steps=3000), driver, store, None, "light") as run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        run.launch()
+        next(iter(run.supervise()))
+        run.end("cancelled", "Ctrl-C")
+    assert len(asked) > 1
+    assert_nothing_left(driver)
+    assert run.state.attempts[0].last_step is None or run.state.attempts[0].last_step < 1000
 
 
 def test_a_run_whose_training_has_finished_buys_no_machine_to_be_closed(folder: Path, store: DirectoryStore) -> None:

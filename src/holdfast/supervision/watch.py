@@ -73,7 +73,9 @@ class _Watch:
         self.seen_at = self.clock.now()
         self.warned_of_commits = False
         self.asked_console_at: float | None = None
-        if attempt.asked_to_end and not asked_to_end:  # by an orchestrator that died since
+        if asked_to_end:  # it has been terminated; if it works on all the same, it is once more
+            self.asked_at = self.clock.now()
+        elif attempt.asked_to_end:  # by an orchestrator that died since
             self.asked_to_end, self.detail = attempt.asked_to_end
             self.asked_at = self.clock.now()
             run.keepalive.ask_to_stop(self.asked_to_end, STOP_GRACE_SECONDS)

@@ -225,7 +225,9 @@ class Machines:
             known.stopped_at = known.stopped_at or self._clock.now()
         if not known.over:  # an end is final: what the cloud shows of a dead machine's disk changes nothing
             state = described.state
-            if state == "terminated" or (state in ("pending", "running") and known.asked_to_end):
+            # A deletion may fail after all: one that runs on is to be deleted again.
+            asked = known.asked_to_end and time.monotonic() - known.deleted_at < CLEAR_AGAIN_SECONDS
+            if state == "terminated" or (state in ("pending", "running") and asked):
                 state = "stopping"
             known.machine = dataclasses.replace(described, state=state)
         return known

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from moto.sts.models import sts_backends
 
+from holdfast.checkpoint.reader import read_metrics, tensor_digest
 from holdfast.drivers.local.config import Fate
 from holdfast.drivers.several import SeveralDrivers
 from holdfast.model import Fallback, Resources
-from tests.chaos.runs import assert_lost_steps_were_trained_again, carry, light_job, outcomes
+from holdfast.storage import DirectoryStore
+from tests.chaos.runs import assert_lost_steps_were_trained_again, carry, cloud, light_job, outcomes, tiny_job
 from tests.emulated.aws_machines import ACCOUNT
 from tests.emulated.runs import (
     ACCOUNTS,
@@ -87,3 +89,14 @@ def test_a_run_that_began_on_aws_goes_on_on_gcp_from_the_same_checkpoint(folder:
         for account in (aws, gcp):
             assert_nothing_left(account)
         assert {role.role_arn for role in sts_backends[ACCOUNT]["aws"].assumed_roles} == {ROLE}
+
+
+def test_a_preempted_training_ends_with_the_weights_of_one_that_ran_here_in_peace(opened: Open, folder: Path) -> None:
+    account: Account = opened(Fate(at_step=75, notice=False))
+    store, here = account.open_store(), DirectoryStore(folder / "here")
+    carry(tiny_job(folder, "peace"), cloud(folder, []), here, "peace")
+    _, summary = carry(small_job(account, folder, torch=True), account.driver(), store, "taken")
+    assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]
+    assert tensor_digest(store, "taken") == tensor_digest(here, "peace")
+    assert read_metrics(store, "taken") == read_metrics(here, "peace")
+    assert_nothing_left(account)

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from flows.__main__ import main
 from flows.fleet import carry_out_fleet
 from holdfast.drivers.local import LocalDriver
 from holdfast.drivers.local.config import Fate, ScriptedMarket
+from holdfast.drivers.protocol import FleetRequest, Machine
 from holdfast.errors import ConfigError, OverBudgetError, ProgramFailedError
 from holdfast.ledger.billing import add_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
+from holdfast.ledger.fleet_summary import summarise_fleet
 from holdfast.ledger.journal import Journal
 from holdfast.model import FleetJob, Resources
 from holdfast.runtime.contract import journal_prefix, lease_key
@@ -253,6 +257,31 @@ def test_the_reaper_ends_a_maintained_fleet_that_nobody_owns_and_nothing_replace
     wait_until(lambda: all(machine.state == "terminated" for machine in driver.machines({})))
     assert driver.fleets({}) == [] and len(driver.machines({})) == 2
     assert_nothing_left(driver)
+
+
+def test_a_fleet_that_is_cancelled_in_the_middle_of_a_launch_ends_machines_that_are_shown_later(
+    folder: Path, store: DirectoryStore
+) -> None:
+    driver = cloud(folder, [])
+    run = open_fleet_run(fleet_job(folder, seconds=600, machines=2, spot_share=1.0), driver, store, None, "crowd")
+    with run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        launch_fleet = driver.launch_fleet
+        launches: list[threading.Timer] = []
+
+        def interrupted(request: FleetRequest) -> Sequence[Machine]:
+            launches.append(threading.Timer(2.0, launch_fleet, (request,)))  # the call is on its way all the same
+            launches[0].start()
+            raise KeyboardInterrupt
+
+        driver.launch_fleet = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            run.launch()
+        run.end("cancelled", "Ctrl-C")
+        launches[0].join()
+    summary = summarise_fleet(run.state)
+    assert [member["outcome"] for member in summary["members"]] == ["cancelled"] * 2
+    assert_adds_up(summary, driver)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,8 @@ class FleetRun(Run[FleetState]):
         self.job = job
         self._bundle: Bundle | None = None
         self._watch: FleetWatch | None = None
+        self._asked_for: int | None = None
+        """The round whose machines this process has asked for without having heard the answer."""
         super().__init__(job, driver, store, budget, run_id, job.lease_seconds)
 
     def _fold(self, entries: Sequence[Entry]) -> FleetState:
@@ -223,6 +225,7 @@ class FleetRun(Run[FleetState]):
         asked = self.state.open_round
         assert asked, "reserve() comes first"
         self._keep_alive()
+        self._asked_for = asked.number
         try:
             machines = self._with_credentials(lambda: self.driver.launch_fleet(self._fleet_request(asked)))
         except CapacityError as error:
@@ -235,10 +238,12 @@ class FleetRun(Run[FleetState]):
             self._refused(asked, "program-failed", f"the launch was refused: {error}")
             raise
         self.record_launched(asked, machines)
+        self._asked_for = None
         return self.state.rounds[-1]
 
     def _refused(self, asked: Round, outcome: contract.Outcome, detail: str) -> None:
         self._append("round-refused", round=asked.number, outcome=outcome, detail=detail)
+        self._asked_for = None
 
     def record_launched(self, asked: Round, machines: Sequence[Machine]) -> None:
         """Take in the machines of a round that are not known yet."""
@@ -372,9 +377,18 @@ class FleetRun(Run[FleetState]):
             raise self._taken_error()
         self._end_maintained()
         self._watch = self._watch or FleetWatch(self)
-        self._watch.end_all(outcome, why)
+        if self._asked_for:
+            # Machines that are shown later than `end_all` waits are told by their lease, which they read first of all.
+            self._ask_to_stop_at_once(outcome)
+        self._watch.end_all(outcome, why, self._asked_for)
         if asked := self.state.open_round:
             self._refused(asked, outcome, why)
+
+    def _ask_to_stop_at_once(self, outcome: contract.Outcome) -> None:
+        try:
+            self.keepalive.ask_to_stop(outcome, 0)
+        except HoldfastError as error:  # then the lease ends by itself, some minutes later
+            log.warning("lease not ended run=%s error=%s", self.run_id, error)
 
     def _end_maintained(self) -> None:
         """From here on no cloud replaces anything. Before the machines: else it would make new ones of them."""

@@ -36,6 +36,8 @@ POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
 PROGRESS_WALL_SECONDS = 2.0
 NAMED_MACHINES = 3
+UNSEEN_WALL_SECONDS = 20.0
+"""How long machines may take to be shown after a launch that was interrupted before it was answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +85,15 @@ class FleetWatch:
                 return
             time.sleep(self.run.driver.poll_seconds)
 
-    def end_all(self, outcome: Outcome, why: str) -> None:
-        """Terminate every machine and see its end."""
+    def end_all(self, outcome: Outcome, why: str, unanswered: int | None = None) -> None:
+        """Terminate every machine and see its end.
+
+        `unanswered`: number of a round that was asked for in vain; its machines may be shown after a while only.
+        """
         self.ending = (outcome, why)
         run, told = self.run, set()
         give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
+        look_until = time.monotonic() + (UNSEEN_WALL_SECONDS if unanswered else 0.0)
         while True:
             # Before anything is written: a journal that can't be must not keep a machine alive.
             for machine in run.patiently(lambda: self._described(0.0)).values():
@@ -96,12 +102,17 @@ class FleetWatch:
                     told.add(machine.id)
             for _ in self._look(fresh=True):
                 pass
-            if not run.state.living:
+            if not run.state.living and (time.monotonic() >= look_until or self._is_whole(unanswered)):
                 return
             if time.monotonic() > give_up_at:
                 names = ", ".join(member.machine for member in run.state.living)
                 raise TransientError(f"machines of run {run.run_id} do not end: {names}; reap_orphans goes on trying")
             time.sleep(run.driver.poll_seconds)
+
+    def _is_whole(self, number: int | None) -> bool:
+        """Are all machines of that round known?"""
+        asked = self.run.state.rounds[number - 1] if number else None
+        return asked is None or len(asked.members) >= asked.spot + asked.on_demand
 
     def _is_to_decide(self, until: datetime | None, missing_before: int) -> bool:
         run, state = self.run, self.run.state

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.clock import Clock, clock_from_environment
@@ -30,6 +31,7 @@ from holdfast.runtime.telemetry import Telemetry
 from holdfast.runtime.watchers import LeaseWatcher, NoticeWatcher
 from holdfast.storage import open_store
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.05
@@ -169,7 +171,7 @@ class Agent:
             libraries.append(obstore)
         variables = {
             **self.config["env"],
-            **self.folders.restore(),
+            **self._beating_during(self.folders.restore),
             **self.of_member,
             contract.TELEMETRY: str(self.work / "telemetry.jsonl"),
             contract.NOTICE: str(self.work / "notice.json"),
@@ -196,6 +198,15 @@ class Agent:
         self._mark("program-started")
         assert self.program.stdout
         return LogShipper(self.program.stdout, self.store, self.prefix + "logs/")
+
+    def _beating_during(self, call: Callable[[], T]) -> T:
+        """What `call` returns. Moving a large folder takes longer than a machine may be silent."""
+        with ThreadPoolExecutor(1, thread_name_prefix="folder") as pool:
+            called = pool.submit(call)
+            while not wait([called], timeout=self._beat_every).done:
+                with self._noting_refusals():
+                    self._heartbeat()
+            return called.result()
 
     def _accompany(self, logs: LogShipper) -> None:
         assert self.program
@@ -252,7 +263,7 @@ class Agent:
         status = self.program.returncode
         self._kill_program()  # what it left behind in its group
         self.telemetry.read()
-        for event in self.folders.finish():
+        for event in self._beating_during(self.folders.finish):
             self.telemetry.add(event)
         with self._noting_refusals():
             logs.finish(seconds=1.0)

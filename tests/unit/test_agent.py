@@ -1,4 +1,4 @@
-"""A store that refuses while the training runs: the machine goes on, and still ends itself when its lease is over."""
+"""What a machine says and does while its store refuses, or is slow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,32 @@ def test_a_store_that_refuses_what_it_took_before_ends_no_training(agent: Agent)
 
 def test_a_store_that_refuses_from_the_start_ends_the_attempt_at_once(agent: Agent) -> None:
     assert end_of(agent) == "program-failed"
+
+
+def test_a_machine_is_heard_of_while_it_moves_a_large_folder(agent: Agent) -> None:
+    assert isinstance(agent.store, Refusing)
+    agent.store.takes = 1000
+    restore, finish = agent.folders.restore, agent.folders.finish
+    heard: list[str] = []
+
+    def last_heard() -> str:
+        return json.loads(agent.store.get("runs/light/attempts/0001/heartbeat.json"))["at"]
+
+    def slow_restore() -> dict[str, str]:
+        time.sleep(2.5)
+        heard.append(last_heard())
+        return restore()
+
+    def slow_finish() -> list[dict[str, Any]]:
+        heard.append(last_heard())
+        time.sleep(4.5)
+        heard.append(last_heard())
+        return finish()
+
+    agent.folders.restore = slow_restore  # type: ignore[method-assign]
+    agent.folders.finish = slow_finish  # type: ignore[method-assign]
+    assert end_of(agent) == "finished"
+    assert len(set(heard)) == 3
 
 
 def test_a_lease_ends_although_the_store_refuses_to_show_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 meaning (`local`) needs no block at all.
 """
 
-from blocks.accounts import AwsAccount, GcpAccount, LocalAccount, load_account, load_driver
+from blocks.accounts import AwsAccount, GcpAccount, LocalAccount, driver_of, load_account, load_driver
 from blocks.budget import SpendingBudget, load_budget
 from blocks.store import CheckpointStore, load_store
 
@@ -14,6 +14,7 @@ __all__ = [
     "GcpAccount",
     "LocalAccount",
     "SpendingBudget",
+    "driver_of",
     "load_account",
     "load_budget",
     "load_driver",

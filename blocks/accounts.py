@@ -19,7 +19,7 @@ from holdfast.drivers.local import LocalCloudConfig, LocalDriver
 from holdfast.drivers.local.config import Market, SeededMarket
 from holdfast.drivers.protocol import Driver
 from holdfast.drivers.several import SeveralDrivers
-from holdfast.supervision.doctor import to_text
+from holdfast.supervision.doctor import examine_account, to_text
 
 DEFAULT_ROOT = Path(".holdfast/clouds/local")
 
@@ -45,7 +45,7 @@ class LocalAccount(Block):
 
     def check(self) -> str:
         """One screen: what works."""
-        return to_text(self.driver().examine())
+        return to_text(examine_account(self.driver))
 
 
 class AwsAccount(Block):
@@ -76,7 +76,7 @@ class AwsAccount(Block):
 
     def check(self) -> str:
         """One screen: what works, and which permission, quota or image is missing."""
-        return to_text(self.driver().examine())
+        return to_text(examine_account(self.driver))
 
 
 class GcpAccount(Block):
@@ -97,7 +97,7 @@ class GcpAccount(Block):
 
     def check(self) -> str:
         """One screen: what works, and which permission, quota or image is missing."""
-        return to_text(self.driver().examine())
+        return to_text(examine_account(self.driver))
 
 
 Account = LocalAccount | AwsAccount | GcpAccount
@@ -111,5 +111,10 @@ def load_account(name: str) -> Account:
 def load_driver(accounts: str | Sequence[str]) -> Driver:
     """The cloud of one account, or of several as one. Raises ConfigError."""
     names = [accounts] if isinstance(accounts, str) else list(accounts)
-    drivers = [load_account(name).driver() for name in names]
+    return driver_of([load_account(name) for name in names])
+
+
+def driver_of(accounts: Sequence[Account]) -> Driver:
+    """Raises ConfigError when one of them can't be used, or two are of the same cloud."""
+    drivers = [account.driver() for account in accounts]
     return drivers[0] if len(drivers) == 1 else SeveralDrivers(drivers)

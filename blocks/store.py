@@ -80,7 +80,7 @@ class CheckpointStore(Block):
 
     def check(self) -> str:
         """One screen: every right that a run needs of its store, and whether it is there."""
-        return to_text(examine_store(self.store()))
+        return to_text(examine_store(self.store))
 
 
 def load_store(name: str) -> CheckpointStore:

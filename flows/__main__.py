@@ -108,14 +108,12 @@ def reap_command(options: argparse.Namespace) -> int:
 def doctor_command(options: argparse.Namespace) -> int:
     job = load_job(options.job) if options.job else None
     with prefect_server():
-        from blocks import load_driver, load_store
-        from holdfast.supervision.doctor import examine_job, examine_store, to_text
+        from blocks import driver_of, load_account, load_store
+        from holdfast.supervision.doctor import examine, to_text
 
-        findings = list(examine_store(load_store(options.store).store()))
-        for account in accounts_of(options):
-            driver = load_driver(account)
-            findings += driver.examine()
-            findings += examine_job(job, driver) if job else []
+        store = load_store(options.store)
+        accounts = [load_account(name) for name in accounts_of(options)]
+        findings = list(examine(store.store, lambda: driver_of(accounts), job))
         print(to_text(findings))
     return 0 if all(finding.ok for finding in findings) else 1
 

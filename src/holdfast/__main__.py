@@ -11,7 +11,14 @@ from pathlib import Path
 def main() -> None:
     sys.path.insert(0, str(Path.cwd()))
     if find_spec("flows") is None:
-        sys.exit("holdfast: there is no folder `flows` here; change into a checkout of Holdfast first")
+        sys.exit(
+            "holdfast: there is no folder `flows` here. The commands are run from a checkout of Holdfast: change into it, "
+            "and run `make demo` once, which sets up .venv"
+        )
+    if find_spec("prefect") is None:
+        sys.exit(
+            f"holdfast: {sys.executable} has no Prefect; use .venv/bin/holdfast of the checkout, which `make demo` sets up"
+        )
     runpy.run_module("flows", run_name="__main__", alter_sys=True)
 
 

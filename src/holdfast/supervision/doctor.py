@@ -3,28 +3,78 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from holdfast.drivers.protocol import Driver, Finding, Offer
 from holdfast.errors import AlreadyExistsError, ConfigError, HoldfastError
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import Situation, rank
 from holdfast.storage import ObjectStore
-from holdfast.supervision.bundle import check_code
-from holdfast.supervision.preflight import fitting_offers
+from holdfast.supervision.preflight import code_problems, fitting_offers
 from holdfast.supervision.training_run import FIRST_GUESS_RESTART_SECONDS, FIRST_GUESS_SAVE_SECONDS
 
 POOLS_SHOWN = 5
 
+Opened = TypeVar("Opened")
 
-def examine_store(store: ObjectStore) -> Iterator[Finding]:
+
+def examine(
+    open_store: Callable[[], ObjectStore], open_driver: Callable[[], Driver], job: TrainingJob | None = None
+) -> Iterator[Finding]:
+    """The store; the account, or several as one; whether the one's machines reach the other; the job."""
+    store, of_store = _opened("store", open_store, _examine_store)
+    yield from of_store
+    driver, of_account = _opened("account", open_driver, lambda driver: driver.examine())
+    yield from of_account
+    if store and driver:
+        yield from (Finding(subject="store", ok=False, detail=why) for why in unreachable(store.url, driver.name))
+    if driver and job:
+        yield from examine_job(job, driver)
+
+
+def examine_account(open_driver: Callable[[], Driver]) -> Iterator[Finding]:
+    """What the driver says of its account, or why it can't be had."""
+    return _opened("account", open_driver, lambda driver: driver.examine())[1]
+
+
+def examine_store(open_store: Callable[[], ObjectStore]) -> Iterator[Finding]:
     """Every right that a run needs of its store, tried one by one on a probe object that is deleted again."""
+    return _opened("store", open_store, _examine_store)[1]
+
+
+def _opened(
+    subject: str, open_it: Callable[[], Opened], look: Callable[[Opened], Iterator[Finding]]
+) -> tuple[Opened | None, Iterator[Finding]]:
+    try:
+        opened = open_it()
+    except HoldfastError as error:
+        return None, iter([Finding(subject=subject, ok=False, detail=str(error))])
+    return opened, look(opened)
+
+
+def unreachable(store_url: str, driver_name: str) -> Iterator[str]:
+    """Why machines of these clouds could not reach the store. `driver_name`: a driver's, as `aws` or `aws+gcp`."""
+    clouds = driver_name.split("+")
+    parts = urlsplit(store_url)
+    if parts.scheme in ("", "file") and (far := [cloud for cloud in clouds if cloud != "local"]):
+        yield (
+            f"{store_url} is a folder of this computer, which machines of {' and '.join(far)} can't reach; name the block of "
+            "a store in a bucket (--store)"
+        )
+    if parts.scheme == "gs" and "aws" in clouds:
+        yield f"machines of aws can't reach {store_url}: runs over both clouds need a store on S3 (docs/aws.md)"
+    if parts.scheme == "s3" and "gcp" in clouds and "role" not in parse_qs(parts.query):
+        yield f"machines of gcp have no way into {store_url}: set machine_role in the store's block (docs/aws.md)"
+
+
+def _examine_store(store: ObjectStore) -> Iterator[Finding]:
     key = f"probes/{secrets.token_hex(8)}"
 
     def conditional_write() -> None:
         try:
-            store.create(key, b"other")
+            store.create(key, b"holdfast")
         except AlreadyExistsError:
             return
         raise ConfigError("a key that exists was written again: the store has no conditional writes; use another")
@@ -52,11 +102,8 @@ def examine_store(store: ObjectStore) -> Iterator[Finding]:
 
 def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
     """Whether the job's code can be sent, which pools fit, and what an hour and the worst case cost."""
-    try:
-        check_code(Path(job.code))
-        yield Finding(subject="code", ok=True, detail=str(job.code))
-    except HoldfastError as error:
-        yield Finding(subject="code", ok=False, detail=str(error))
+    problems = code_problems(job, driver)
+    yield Finding(subject="code", ok=not problems, detail="; ".join(problems) or str(job.code))
     try:
         offers = fitting_offers(job.resources, driver.offers())
     except HoldfastError as error:
@@ -76,13 +123,15 @@ def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
 def _cost(job: TrainingJob, offers: Sequence[Offer]) -> Finding:
     wanted = "on-demand" if job.provisioning == "on-demand" else "spot"
     best = next((offer for offer in offers if offer.pool.provisioning_model == wanted), offers[0])
-    worst = best.on_demand_usd_per_hour * job.max_run_hours
-    return Finding(
-        subject="cost",
-        ok=True,
-        detail=f"${best.usd_per_hour:.4f} an hour in {best.pool} (on demand ${best.on_demand_usd_per_hour:.4f}); at most "
-        f"${worst:.2f} in all: max_run_hours {job.max_run_hours:g} at the on-demand price",
+    dearest = max(offers, key=lambda offer: offer.on_demand_usd_per_hour)
+    worst, highest = (one.on_demand_usd_per_hour * job.max_run_hours for one in (best, dearest))
+    detail = (
+        f"${best.usd_per_hour:.4f} an hour in {best.pool} (on demand ${best.on_demand_usd_per_hour:.4f}); max_run_hours "
+        f"{job.max_run_hours:g} at the on-demand price: ${worst:.2f}"
     )
+    if highest > worst:
+        detail += f", and ${highest:.2f} if only {dearest.pool.instance_type}, the dearest that fits, were to be had"
+    return Finding(subject="cost", ok=True, detail=detail)
 
 
 def _ranked(offers: Sequence[Offer], driver: Driver) -> list[Offer]:

@@ -23,15 +23,8 @@ IMPORT_SECONDS = 120.0
 def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
     """The offers that fit the job. Raises ConfigError that names every field, value and remedy at once."""
     driver.check()
-    # A program that brings its own packages can't be asked for by this computer's.
-    own_packages = job.environment != Environment()
-    problems = list(_program_problems(job, None if own_packages else driver.image_python))
-    problems += _environment_problems(job)
+    problems = code_problems(job, driver)
     offers: list[Offer] = []
-    try:
-        check_code(Path(job.code))
-    except ConfigError as error:
-        problems.append(str(error))
     asked: Sequence[Offer] = []
     try:
         asked = driver.offers()
@@ -43,6 +36,19 @@ def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
     if problems:
         raise ConfigError("; ".join(problems))
     return offers
+
+
+def code_problems(job: TrainingJob, driver: Driver) -> list[str]:
+    """What is wrong with the job's folder, program and packages: field, value and remedy of each."""
+    # A program that brings its own packages can't be asked for by this computer's.
+    own_packages = job.environment != Environment()
+    problems = list(_program_problems(job, None if own_packages else driver.image_python))
+    problems += _environment_problems(job)
+    try:
+        check_code(Path(job.code))
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
 
 
 def check_store(store: ObjectStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from holdfast.drivers.aws.errors import quota_of, translate, translated
 from holdfast.drivers.protocol import CapacityPool
 from holdfast.errors import CapacityError, ConfigError, CredentialsError, HoldfastError, QuotaError, TransientError
 from tests.emulated.aws import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, AwsEmulator
+from tests.emulated.wire import Wire
 
 POOL = CapacityPool("aws", "us-east-1", "us-east-1a", "g5.xlarge", "spot")
 CONFIG = AwsConfig(
@@ -214,6 +216,15 @@ def instance(code: str = "", transition: str = "", state: str = "terminated", **
 )
 def test_every_end_has_its_reason(code: str, transition: str, reason: str) -> None:
     assert machine_of(instance(code, transition), "us-east-1").reason == reason
+
+
+def test_an_answer_that_is_no_aws_answer_may_be_another_next_time(tmp_path: Path) -> None:
+    with AwsEmulator(tmp_path, wire=Wire) as aws:
+        driver = aws.driver()
+        page = b"<html><body><h1>Bad gateway</h1></body></html><p>"
+        aws.wire.inject("error", when=lambda request: request.service == "ec2", count=math.inf, status=200, body=page)
+        with pytest.raises(TransientError, match="ec2"):
+            driver.machines({})
 
 
 def test_every_documented_code_has_a_reason() -> None:

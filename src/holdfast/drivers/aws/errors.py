@@ -113,10 +113,13 @@ def policy_line(action: str) -> str:
 def translated(service: str, config: AwsConfig, pool: CapacityPool | None = None) -> Iterator[None]:
     """Everything that boto3 raises inside comes out as one of our own errors."""
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import (
+        ResponseParserError,
+    )  # no child of the two: an answer that is no AWS answer, such as a proxy's
 
     try:
         yield
-    except (ClientError, BotoCoreError) as error:
+    except (ClientError, BotoCoreError, ResponseParserError) as error:  # the last: no AWS answer, a proxy's for one
         raised = translate(error, service, config, pool)
         if isinstance(raised, CredentialsError):
             # The words of SignatureDoesNotMatch hold the request's own session token: nothing may print them.

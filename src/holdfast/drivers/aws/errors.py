@@ -113,9 +113,7 @@ def policy_line(action: str) -> str:
 def translated(service: str, config: AwsConfig, pool: CapacityPool | None = None) -> Iterator[None]:
     """Everything that boto3 raises inside comes out as one of our own errors."""
     from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.parsers import (
-        ResponseParserError,
-    )  # no child of the two: an answer that is no AWS answer, such as a proxy's
+    from botocore.parsers import ResponseParserError
 
     try:
         yield

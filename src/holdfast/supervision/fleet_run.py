@@ -365,7 +365,7 @@ class FleetRun(Run[FleetState]):
         end = max((end.machine.terminated_at or self.driver.clock.now()) for end in ends)
         try:
             return self.patiently(lambda: self.driver.price_history(member.pool, start, end))
-        except TransientError as error:
+        except (TransientError, ConfigError) as error:
             self.warn(
                 f"round {member.round}: machines in {member.pool} are billed at the price of their launch, no history was "
                 f"told: {error}"

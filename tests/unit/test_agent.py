@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -129,14 +128,11 @@ def test_a_lease_ends_although_the_store_refuses_to_show_it(tmp_path: Path) -> N
     shown.get = get  # type: ignore[method-assign]
     told: list[Notice] = []
     heard = threading.Event()
-    LeaseWatcher(
-        shown,
-        "light",
-        1,
-        clock,
-        0.1,
-        lambda notice: (told.append(notice), heard.set()),
-        sys.exit,  # type: ignore[arg-type, return-value]
-    ).start()
+
+    def tell(notice: Notice) -> None:
+        told.append(notice)
+        heard.set()
+
+    LeaseWatcher(shown, "light", 1, clock, 0.1, tell, power_off=lambda: None).start()
     assert heard.wait(10)
     assert told[0].kind == "lease"

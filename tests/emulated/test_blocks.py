@@ -148,6 +148,40 @@ def test_a_bucket_may_have_the_credentials_of_another_server_than_aws(folder: Pa
         assert "everything works" in CheckpointStore.load("minio").check()
 
 
+def test_what_the_guide_to_aws_saves_is_what_its_commands_name(
+    folder: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    guide = (REPOSITORY / "docs/aws.md").read_text()
+    names: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(snippet, names)
+    assert "--account aws --store s3" in guide
+    assert load_account("aws").settings.regions == ["us-east-1", "us-west-2"]
+    url = load_store("s3").store().url
+    assert url == f"s3://my-holdfast-runs/?region=us-east-1&role={ROLE}"
+
+
+def test_the_policies_are_ones_that_iam_takes_where_the_guide_puts_them(aws: Account) -> None:
+    """moto checks their grammar; the sizes are IAM's own, without white space."""
+    iam = aws.emulator.client("iam")
+    policies = {file.stem: json.loads(file.read_text()) for file in (REPOSITORY / "deployments").glob("aws-*.json")}
+    for number, (name, policy) in enumerate(policies.items()):
+        text = json.dumps(policy, separators=(",", ":")).replace("SERVICE_ACCOUNT_UNIQUE_ID", "123456789012345678901")
+        if "trust" in name:
+            iam.create_role(RoleName=f"trusting-{number}", AssumeRolePolicyDocument=text)
+            assert len(text) <= 2048
+        else:
+            iam.create_policy(PolicyName=name, PolicyDocument=text.replace("BUCKET", "my-holdfast-runs"))
+            assert len(text) <= 6144
+    google = policies["aws-machine-trust-google"]["Statement"]
+    assert google[0] == policies["aws-machine-trust"]["Statement"][0]
+    assert (
+        google[1]["Condition"]["StringEquals"]["accounts.google.com:oaud"] == "holdfast"
+    )  # what web_identity asks for
+
+
 # -- their keys are told to nobody ------------------------------------------------------------------------------------
 
 

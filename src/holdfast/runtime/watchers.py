@@ -19,6 +19,7 @@ from holdfast.storage import ObjectStore
 log = logging.getLogger(__name__)
 
 LEASE_GRACE_SECONDS = 60.0
+FIRST_LEASE_SECONDS = 900.0
 OVERDUE_SECONDS = 120.0
 """A machine whose agent did not end by itself so long after its lease is powered off all the same."""
 
@@ -73,7 +74,8 @@ class LeaseWatcher(threading.Thread):
         super().__init__(name="lease-watcher", daemon=True)
         self._store, self._key, self._attempt = store, lease_key(run_id), attempt
         self._clock, self._poll_seconds, self._tell, self._power_off = clock, poll_seconds, tell, power_off
-        self._expires_at: datetime | None = None
+        # Until the first is read: a store that never answers must not make a machine that never ends.
+        self._expires_at = clock.now() + timedelta(seconds=FIRST_LEASE_SECONDS)
         self._told = False
 
     def run(self) -> None:
@@ -84,7 +86,7 @@ class LeaseWatcher(threading.Thread):
                 # A store that refuses too: the lease that was read last must still end.
                 log.warning("lease can't be read error=%s", error)
             now = self._clock.now()
-            if self._expires_at and now >= self._expires_at:
+            if now >= self._expires_at:
                 self._say(now + timedelta(seconds=LEASE_GRACE_SECONDS), "nobody renewed the lease")
                 if now >= self._expires_at + timedelta(seconds=OVERDUE_SECONDS):
                     self._power_off()
@@ -95,7 +97,7 @@ class LeaseWatcher(threading.Thread):
         lease = json.loads(self._store.get(self._key))
         expires_at = datetime.fromisoformat(lease["expires_at"])
         if lease["attempt"] > self._attempt:
-            self._expires_at = min(self._expires_at or expires_at, self._clock.now())
+            self._expires_at = min(self._expires_at, self._clock.now())
             self._say(self._expires_at + timedelta(seconds=LEASE_GRACE_SECONDS), "a later attempt has the lease")
         elif lease.get("stop"):
             self._expires_at = expires_at

@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SETTLE_WALL_SECONDS = 300.0
+TERMINATE_AGAIN_WALL_SECONDS = 30.0
+"""A termination may come to nothing, and what is stopped is not terminated: both are asked for again."""
 CLOUD_PATIENCE_WALL_SECONDS = 120.0
 CREDENTIALS_PATIENCE_WALL_SECONDS = 24 * 3600.0
 CREDENTIALS_POLL_WALL_SECONDS = 15.0
@@ -187,10 +190,13 @@ class TrainingRun:
             raise self._taken_error()
         self.keepalive.attempt = None
         give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
+        asked_at: dict[str, float] = {}
         while living := self._patiently(self._living_machines):
             for machine in living:
-                if machine.state != "stopping":
+                now = time.monotonic()
+                if now - asked_at.get(machine.id, -math.inf) > TERMINATE_AGAIN_WALL_SECONDS:
                     self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
+                    asked_at[machine.id] = now
             if time.monotonic() > give_up_at:
                 names = ", ".join(machine.id for machine in living)
                 raise TransientError(f"machines of run {self.run_id} do not end: {names}; reap_orphans goes on trying")

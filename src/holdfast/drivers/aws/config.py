@@ -77,9 +77,9 @@ class AwsConfig(BaseModel):
     max_spot_price_share: float | None = Field(
         None,
         gt=0,
-        le=10,
+        le=1,
         title="Highest spot price",
-        description="As a share of the on-demand price. Empty: the on-demand price itself, which AWS advises.",
+        description="As a share of the on-demand price, which is what a run's worst case is reserved at. Empty: that price.",
     )
     client_parameters: dict[str, Any] = Field(
         {}, title="Client parameters", description="Such as endpoint_url or verify, for every boto3 client."

@@ -19,6 +19,7 @@ from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.supervision.fleet_opening import open_fleet_run
 from holdfast.supervision.fleet_run import FleetRun
+from holdfast.supervision.preflight import check_reachable
 from tasks.costs import load_notification
 from tasks.fleet import (
     FleetWatcher,
@@ -53,10 +54,12 @@ def fleet(
     """
     if notify:
         load_notification(notify)
+    driver, objects = load_driver(account), load_store(store).store()
+    check_reachable(objects.url, driver.name)
     run = open_fleet_run(  # refuses everything that can be known to be wrong; nothing is launched before it returns
         job,
-        load_driver(account),
-        load_store(store).store(),
+        driver,
+        objects,
         load_budget(budget) if budget else None,
         run_id or f"{job.name}-{str(flow_run.id)[:8]}",
     )

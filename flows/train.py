@@ -17,6 +17,7 @@ from holdfast.ledger.summary import headline
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import GiveUp, Launch
 from holdfast.supervision.opening import open_run
+from holdfast.supervision.preflight import check_reachable
 from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
 from tasks.costs import load_notification, publish_summary
@@ -48,10 +49,12 @@ def train(
     """
     if notify:
         load_notification(notify)
+    driver, objects = load_driver(account), load_store(store).store()
+    check_reachable(objects.url, driver.name)
     run = open_run(  # refuses everything that can be known to be wrong; nothing is launched before it returns
         job,
-        load_driver(account),
-        load_store(store).store(),
+        driver,
+        objects,
         load_budget(budget) if budget else None,
         run_id or f"{job.name}-{str(flow_run.id)[:8]}",
     )

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from blocks import AwsAccount, CheckpointStore, load_account
+from flows.train import train
 from holdfast.drivers.protocol import Finding
+from holdfast.errors import ConfigError
 from holdfast.storage import open_store
 from holdfast.supervision.doctor import examine_account, examine_store
 from tests.emulated.gce import GceEmulator
-from tests.emulated.runs import ACCOUNTS, BUCKET, SMALL, Account, aws_account, gcp_account
+from tests.emulated.runs import ACCOUNTS, BUCKET, SMALL, Account, aws_account, gcp_account, small_job
 from tests.emulated.wire import Wire
 
 REPOSITORY = Path(__file__).parents[2]
@@ -223,3 +225,13 @@ def test_a_store_whose_rights_are_partly_missing_names_each(folder: Path, prefec
             found = not_ok(examine_store(lambda: store))
         assert list(found) == ["store list", "store delete"]
         assert "s3:ListBucket" in found["store list"] and "s3:DeleteObject" in found["store delete"]
+
+
+def test_a_run_whose_machines_could_not_reach_its_store_is_refused_before_one_is_bought(
+    folder: Path, prefect_api: str
+) -> None:
+    with aws_account(folder) as account:
+        account.blocks()
+        with pytest.raises(ConfigError, match="machines of aws can't reach; name the block of a store in a bucket"):
+            train(small_job(account, folder), account="aws")
+        assert account.host.ids() == []

@@ -15,7 +15,8 @@ from holdfast.drivers.protocol import Driver, Finding
 from holdfast.errors import ConfigError
 from holdfast.model import Resources, TrainingJob
 from holdfast.storage import DirectoryStore
-from holdfast.supervision.doctor import examine, examine_job, examine_store, to_text, unreachable
+from holdfast.supervision.doctor import examine, examine_job, examine_store, to_text
+from holdfast.supervision.preflight import unreachable
 
 REPOSITORY = Path(__file__).parents[2]
 ROLE = "arn:aws:iam::123456789012:role/holdfast-machine"

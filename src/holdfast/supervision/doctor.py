@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
-from urllib.parse import parse_qs, urlsplit
 
 from holdfast.drivers.protocol import Driver, Finding, Offer
 from holdfast.errors import AlreadyExistsError, ConfigError, HoldfastError
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import Situation, rank
 from holdfast.storage import ObjectStore
-from holdfast.supervision.preflight import code_problems, fitting_offers
+from holdfast.supervision.preflight import code_problems, fitting_offers, unreachable
 from holdfast.supervision.training_run import FIRST_GUESS_RESTART_SECONDS, FIRST_GUESS_SAVE_SECONDS
 
 POOLS_SHOWN = 5
@@ -52,21 +51,6 @@ def _opened(
     except HoldfastError as error:
         return None, iter([Finding(subject=subject, ok=False, detail=str(error))])
     return opened, look(opened)
-
-
-def unreachable(store_url: str, driver_name: str) -> Iterator[str]:
-    """Why machines of these clouds could not reach the store. `driver_name`: a driver's, as `aws` or `aws+gcp`."""
-    clouds = driver_name.split("+")
-    parts = urlsplit(store_url)
-    if parts.scheme in ("", "file") and (far := [cloud for cloud in clouds if cloud != "local"]):
-        yield (
-            f"{store_url} is a folder of this computer, which machines of {' and '.join(far)} can't reach; name the block of "
-            "a store in a bucket (--store)"
-        )
-    if parts.scheme == "gs" and "aws" in clouds:
-        yield f"machines of aws can't reach {store_url}: runs over both clouds need a store on S3 (docs/aws.md)"
-    if parts.scheme == "s3" and "gcp" in clouds and "role" not in parse_qs(parts.query):
-        yield f"machines of gcp have no way into {store_url}: set machine_role in the store's block (docs/aws.md)"
 
 
 def _examine_store(store: ObjectStore) -> Iterator[Finding]:

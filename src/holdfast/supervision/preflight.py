@@ -7,8 +7,9 @@ import difflib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from holdfast.drivers.protocol import Driver, Offer
 from holdfast.drivers.several import SomeOffers
@@ -63,6 +64,27 @@ def check_store(store: ObjectStore) -> None:
         raise ConfigError(
             f"store: {store.url!r} can't be used: {error}; make it writable for this user, or name another"
         ) from error
+
+
+def unreachable(store_url: str, driver_name: str) -> Iterator[str]:
+    """Why machines of these clouds could not reach the store. `driver_name`: a driver's, as `aws` or `aws+gcp`."""
+    clouds = driver_name.split("+")
+    parts = urlsplit(store_url)
+    if parts.scheme in ("", "file") and (far := [cloud for cloud in clouds if cloud != "local"]):
+        yield (
+            f"{store_url} is a folder of this computer, which machines of {' and '.join(far)} can't reach; name the block of "
+            "a store in a bucket (--store)"
+        )
+    if parts.scheme == "gs" and "aws" in clouds:
+        yield f"machines of aws can't reach {store_url}: runs over both clouds need a store on S3 (docs/aws.md)"
+    if parts.scheme == "s3" and "gcp" in clouds and "role" not in parse_qs(parts.query):
+        yield f"machines of gcp have no way into {store_url}: set machine_role in the store's block (docs/aws.md)"
+
+
+def check_reachable(store_url: str, driver_name: str) -> None:
+    """Raises ConfigError when the machines that would be bought could not reach the store."""
+    if problems := list(unreachable(store_url, driver_name)):
+        raise ConfigError("store: " + "; ".join(problems))
 
 
 def fitting_offers(resources: Resources, offers: Sequence[Offer]) -> list[Offer]:

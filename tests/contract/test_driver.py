@@ -37,6 +37,8 @@ from tests.contract.machines import (
 
 Make = Callable[..., LocalDriver]
 START = datetime(2026, 11, 1, tzinfo=UTC)
+LATE = f"i-late-{os.getpid()}"
+"""Of this process alone: processes are ended by their machine's id, and other tests run beside this one."""
 HEAD = """
 import sys
 from pathlib import Path
@@ -330,12 +332,12 @@ def given_up(make: Make, tmp_path: Path) -> tuple[LocalDriver, Path]:
     original = driver.launch(request("run-0", "true"))
     ended(driver, original)
     machines = tmp_path / "cloud" / "machines"
-    spec = {**(files.read_json(machines / original.id / files.SPEC) or {}), "id": "i-late", "startup_script": SLEEP}
-    (machines / "i-late").mkdir()
-    files.write_json(machines / "i-late" / files.SPEC, spec)
+    spec = {**(files.read_json(machines / original.id / files.SPEC) or {}), "id": LATE, "startup_script": SLEEP}
+    (machines / LATE).mkdir()
+    files.write_json(machines / LATE / files.SPEC, spec)
     minute_ago = time.time() - 60
-    os.utime(machines / "i-late" / files.SPEC, (minute_ago, minute_ago))
-    return driver, machines / "i-late"
+    os.utime(machines / LATE / files.SPEC, (minute_ago, minute_ago))
+    return driver, machines / LATE
 
 
 def start_host(folder: Path, program: Sequence[str] = ("-m", "holdfast.drivers.local.host")) -> subprocess.Popen[bytes]:
@@ -345,28 +347,28 @@ def start_host(folder: Path, program: Sequence[str] = ("-m", "holdfast.drivers.l
 
 def test_a_host_that_comes_up_after_it_was_given_up_starts_no_machine(make: Make, tmp_path: Path) -> None:
     driver, folder = given_up(make, tmp_path)
-    assert [machine.reason for machine in driver.machines({}) if machine.id == "i-late"] == ["host-failed"]
+    assert [machine.reason for machine in driver.machines({}) if machine.id == LATE] == ["host-failed"]
     assert start_host(folder).wait(30) == 0
     assert not (folder / files.RUNNING).exists() and not (folder / files.CONSOLE).exists()
-    assert marked("i-late") == []
+    assert marked(LATE) == []
 
 
 def test_a_host_that_is_given_up_while_it_comes_up_ends_its_machine(make: Make, tmp_path: Path) -> None:
     driver, folder = given_up(make, tmp_path)
     host = start_host(folder)
     wait_for((folder / files.RUNNING).exists)
-    assert marked("i-late")
+    assert marked(LATE)
     files.record_end(folder, "host-failed", driver.clock.now())
     assert host.wait(30) == 0
-    assert marked("i-late") == []
-    assert [machine.reason for machine in driver.machines({}) if machine.id == "i-late"] == ["host-failed"]
+    assert marked(LATE) == []
+    assert [machine.reason for machine in driver.machines({}) if machine.id == LATE] == ["host-failed"]
 
 
 def test_whoever_gives_a_host_up_ends_it(make: Make, tmp_path: Path) -> None:
     driver, folder = given_up(make, tmp_path)
     slow = start_host(folder, ("-c", "import time; time.sleep(300)"))
-    wait_for(lambda: marked("i-late", files.HOST_MARK))
-    assert [machine.state for machine in driver.machines({}) if machine.id == "i-late"] == ["terminated"]
+    wait_for(lambda: marked(LATE, files.HOST_MARK))
+    assert [machine.state for machine in driver.machines({}) if machine.id == LATE] == ["terminated"]
     assert slow.wait(30) == -signal.SIGKILL
 
 

@@ -87,7 +87,8 @@ class Cloud:
             **changes,
         }
         region, zone, kind = POOLS[self.dialect]
-        machine = f"i-{len(self.host.ids()):04d}"
+        # Of this process alone: processes are ended by their machine's id, and other tests run beside this one.
+        machine = f"i-{os.getpid()}-{len(self.host.ids()):04d}"
         self.host.start(
             machine,
             region=region,

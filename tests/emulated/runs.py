@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.oauth2.credentials import Credentials
 from prefect_aws import AwsCredentials, S3Bucket
 from prefect_aws.client_parameters import AwsClientParameters
@@ -27,7 +28,7 @@ from holdfast.drivers.protocol import Driver
 from holdfast.ledger.billing import add_usd
 from holdfast.model import Resources, TrainingJob
 from holdfast.storage import ObjectStore, open_store
-from tests.chaos.runs import light_job, tiny_job
+from tests.chaos.runs import light_job, tiny_job, wait_until
 from tests.emulated.aws import ACCESS_KEY, SECRET_KEY, SESSION_TOKEN, AwsEmulator
 from tests.emulated.gce import PROJECT, TOKEN, GceEmulator
 from tests.emulated.gcs import GcsEmulator
@@ -209,7 +210,7 @@ def gcp_account(
             renew=lambda: setattr(gce, "expired", False),
             environment=login.environment,
             secrets=[CLIENT_SECRET, REFRESH_TOKEN, TOKEN],
-            blocks=lambda: save_gcp_blocks(gce.config(**overrides), url),
+            blocks=lambda: save_gcp_blocks(gce.config(**overrides), url, login.environment),
             wires=wires,
         )
 
@@ -230,9 +231,10 @@ def save_aws_blocks(settings: AwsConfig, endpoint: str, store_endpoint: str) -> 
     CheckpointStore(s3_bucket=bucket).save("bucket", overwrite=True)
 
 
-def save_gcp_blocks(settings: GcpConfig, store_url: str) -> None:
+def save_gcp_blocks(settings: GcpConfig, store_url: str, environment: Mapping[str, str]) -> None:
     """The store is named by its URL: prefect-gcp's bucket block knows no endpoint of its own."""
-    GcpAccount(credentials=GcpCredentials(project=PROJECT), settings=settings).save("gcp", overwrite=True)
+    with in_google_s_cloud(environment):
+        GcpAccount(credentials=GcpCredentials(project=PROJECT), settings=settings).save("gcp", overwrite=True)
     CheckpointStore(url=store_url).save("bucket", overwrite=True)
 
 
@@ -246,10 +248,26 @@ def small_job(account: Account, folder: Path, *, torch: bool = False, **changes:
     return make(folder, account.name, resources=Resources(instance_types=[SMALL[account.name]]), **changes)
 
 
+@contextmanager
+def in_google_s_cloud(environment: Mapping[str, str]) -> Iterator[None]:
+    """This process finds credentials by itself, as on a computer there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        host = environment["GCE_METADATA_HOST"]  # google-auth has read the variable when it was imported
+        patch.setattr("google.auth.compute_engine._metadata._GCE_METADATA_HOST", host)
+        yield
+
+
 def assert_nothing_left(account: Account) -> None:
     """By the cloud's own word, and by what runs on this computer."""
-    machines = account.driver().machines({})
-    assert [machine.id for machine in machines if machine.state != "terminated"] == []
+    driver = account.driver()
+
+    def living() -> list[str]:
+        return [machine.id for machine in driver.machines({}) if machine.state != "terminated"]
+
+    # What powered itself off on Google's cloud is stopped, and deleted by whoever saw it; that takes a moment.
+    wait_until(lambda: not living(), 20)
     assert account.host.ids()
     assert [one for one in account.host.ids() if account.host.life(one).state != "terminated"] == []
     assert [process for one in account.host.ids() for process in marked(one)] == []

@@ -60,12 +60,7 @@ def missing(text: str) -> list[str]:
 @pytest.mark.parametrize("name", ACCOUNTS)
 def test_everything_works_and_nothing_is_launched(name: str, folder: Path, prefect_api: str) -> None:
     with ACCOUNTS[name](folder) as account:
-        os.environ.update(account.environment)
-        try:
-            account.blocks()
-        finally:
-            for variable in account.environment:
-                del os.environ[variable]
+        account.blocks()
         write_job(folder, [SMALL[name]])
         status, text = doctor(folder, prefect_api, account, "job.yaml", "--account", name, "--store", "bucket")
         assert status == 0, text
@@ -85,12 +80,7 @@ def test_everything_works_and_nothing_is_launched(name: str, folder: Path, prefe
 
 def test_two_accounts_are_examined_as_the_one_that_a_run_uses(folder: Path, prefect_api: str) -> None:
     with aws_account(folder) as aws, gcp_account(folder) as gcp:
-        os.environ.update(gcp.environment)
-        try:
-            gcp.blocks()
-        finally:
-            for variable in gcp.environment:
-                del os.environ[variable]
+        gcp.blocks()
         aws.blocks()  # its bucket last: the runs' store
         write_job(folder, list(SMALL.values()))
         accounts = ["job.yaml", "--account", "aws", "--account", "gcp", "--store", "bucket"]

@@ -62,11 +62,9 @@ def test_a_launch_whose_answer_is_lost_has_bought_one_machine(opened: Open, fold
 
 
 def test_an_orchestrator_killed_between_launch_and_journal_leaves_one_machine_for_the_attempt(
-    opened: Open, folder: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+    opened: Open, folder: Path, prefect_api: str
 ) -> None:
     account: Account = opened(probability=0.0)
-    for name, value in account.environment.items():
-        monkeypatch.setenv(name, value)
     account.blocks()
     store = account.open_store()
     job = small_job(account, folder, steps=300)
@@ -97,7 +95,7 @@ def start_orchestrator(folder: Path, api: str, account: Account) -> subprocess.P
             *("--account", account.name, "--store", "bucket"),
         ],
         cwd=folder,
-        env={**os.environ, "PREFECT_API_URL": api, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PREFECT_API_URL": api, "PYTHONPATH": str(REPOSITORY), **account.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -214,6 +214,16 @@ def test_a_refusal_leads_to_the_next_zone_then_to_the_next_region_then_to_the_ot
     assert told == [near[1].pool.zone, *(o.pool.zone for o in far), *(o.pool.zone for o in other)]
 
 
+def test_after_a_preemption_and_for_on_demand_the_price_decides() -> None:
+    taken = refused_in(EVERYWHERE[0], outcome="preempted")
+    decision = decide(situation(*taken, offers=EVERYWHERE))
+    assert isinstance(decision, Launch) and decision.offer.pool.region == "other"
+    on_demand = [*region("near", model="on-demand", usd=1.0), *region("far", model="on-demand", usd=0.7)]
+    refused = refused_in(*EVERYWHERE[:2], EVERYWHERE[0])
+    decision = decide(situation(*refused, offers=[*EVERYWHERE, *on_demand]))
+    assert isinstance(decision, Launch) and decision.fell_back and decision.offer.pool.region == "far"
+
+
 def test_a_cooled_down_pool_is_asked_again_later() -> None:
     story = refused_in(EVERYWHERE[4])
     later = situation(*story, offers=EVERYWHERE, now=NOW + timedelta(minutes=11))

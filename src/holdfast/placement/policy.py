@@ -126,8 +126,9 @@ def failed_spot_attempts_in_a_row(attempts: Sequence[PastAttempt]) -> int:
 def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
     """By expected dollars per useful hour; pools that failed lately come last, and the zone that failed just now too.
 
-    From a zone that failed the way leads to the region's other zones first, then to the cloud's other regions, then to
-    other clouds: the checkpoints are near, and it costs no egress.
+    From a zone that refused the way leads to the region's other zones first, then to the cloud's other regions, then to
+    other clouds: the checkpoints are near, and it costs no egress. After a preemption, and for another provisioning model,
+    the price decides.
     """
     hot = [
         attempt
@@ -136,21 +137,25 @@ def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
         and situation.now - attempt.ended_at < COOL_DOWN
     ]
     hot_pools = {attempt.pool for attempt in hot}
-    left = hot[-1].pool if hot and hot[-1] is situation.attempts[-1] else None
+    last = hot[-1] if hot and hot[-1] is situation.attempts[-1] else None
+    left = last.pool if last else None
+    refused_by = last.pool if last and last.outcome in ("no-capacity", "quota") else None
 
     def order(offer: Offer) -> tuple[bool, bool, int, float, str]:
         pool = offer.pool
         usd = usd_per_useful_hour(offer, situation.restart_seconds, situation.save_seconds)
         same_zone = left is not None and (pool.cloud, pool.zone) == (left.cloud, left.zone)
-        return pool in hot_pools, same_zone, _distance(left, pool), usd, str(pool)
+        return pool in hot_pools, same_zone, _distance(refused_by, pool), usd, str(pool)
 
     return sorted(offers, key=order)
 
 
-def _distance(left: CapacityPool | None, pool: CapacityPool) -> int:
-    if left is None or (left.cloud, left.region) == (pool.cloud, pool.region):
+def _distance(refused_by: CapacityPool | None, pool: CapacityPool) -> int:
+    if refused_by is None or refused_by.provisioning_model != pool.provisioning_model:
         return 0
-    return 1 if left.cloud == pool.cloud else 2
+    if refused_by.cloud != pool.cloud:
+        return 2
+    return int(refused_by.region != pool.region)
 
 
 def _quota_of(pool: CapacityPool) -> tuple[str, str, str, str]:

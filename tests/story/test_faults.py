@@ -242,7 +242,7 @@ def test_an_end_is_written_down_though_neither_console_nor_prices_are_to_be_had(
     problem: HoldfastError, folder: Path, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("holdfast.supervision.watch.CONSOLE_WALL_SECONDS", 1.0)
-    monkeypatch.setattr("holdfast.supervision.training_run.CLOUD_PATIENCE_WALL_SECONDS", 1.0)
+    monkeypatch.setattr("holdfast.supervision.run.CLOUD_PATIENCE_WALL_SECONDS", 1.0)
     driver = cloud(folder, [])
 
     def refused(*_: Any) -> Any:

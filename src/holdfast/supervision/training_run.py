@@ -10,30 +10,24 @@ import getpass
 import hashlib
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from types import TracebackType
-from typing import Any, TypeVar
 
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer, PricePoint
 from holdfast.drivers.several import SomeOffers
 from holdfast.errors import (
-    AlreadyExistsError,
     CapacityError,
     ConfigError,
-    CredentialsError,
     HoldfastError,
     OverBudgetError,
     QuotaError,
-    RunTakenError,
     TransientError,
 )
 from holdfast.ledger.billing import TERMS, bill, round_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
-from holdfast.ledger.journal import Entry, Journal
+from holdfast.ledger.journal import Entry
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
 from holdfast.model import TrainingJob, parse_interval
 from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, Wait, decide
@@ -41,34 +35,22 @@ from holdfast.runtime import contract
 from holdfast.runtime.startup import SHUTDOWN_SCRIPT, machine_environment, startup_script
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
-from holdfast.supervision.keepalive import Keepalive
-from holdfast.supervision.ownership import Ownership
 from holdfast.supervision.preflight import fitting_offers
+from holdfast.supervision.run import RUN_TAG, Run
 from holdfast.supervision.updates import Update
 from holdfast.supervision.watch import Ending, watch_attempt
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-SETTLE_WALL_SECONDS = 300.0
-TERMINATE_AGAIN_WALL_SECONDS = 30.0
-"""A termination may come to nothing, and what is stopped is not terminated: both are asked for again."""
-CLOUD_PATIENCE_WALL_SECONDS = 120.0
-CREDENTIALS_PATIENCE_WALL_SECONDS = 24 * 3600.0
-CREDENTIALS_POLL_WALL_SECONDS = 15.0
-"""Credentials that have ended are for people to renew: the run waits for them for so long, and asks so often."""
 UNSEEN_WALL_SECONDS = 20.0
 """How long a machine may take to be shown after a launch that was interrupted before it was answered."""
-STORE_PATIENCE_WALL_SECONDS = 600.0
-"""How long an entry waits for a store that does not answer, before the run is given up."""
 FIRST_GUESS_RESTART_SECONDS = 120.0
 FIRST_GUESS_SAVE_SECONDS = 1.0
-RUN_TAG = "holdfast-run"
 IDENTITY = ("name", "script", "module", "command", "args", "env")
 """What makes two jobs the same: the rest (resources, caps, intervals) may change between an end and a resume."""
 
 
-class TrainingRun:
+class TrainingRun(Run[RunState]):
     """Made by `open_run` (opening.py); a context manager that gives the run back, whatever happens."""
 
     def __init__(
@@ -80,75 +62,25 @@ class TrainingRun:
         run_id: str,
         fits: list[Offer],
     ) -> None:
-        self.job, self.driver, self.store, self.run_id = job, driver, store, run_id
-        self._fits = fits
-        self._budget = BudgetLedger(store, budget) if budget else None
+        self.job, self._fits = job, fits
+        super().__init__(job, driver, store, budget, run_id, job.lease_seconds)
         self._ledgers = {self._budget.name: self._budget} if self._budget else {}
         """By name of the budget."""
-        self._journal = Journal(store, contract.journal_prefix(run_id))
-        self._owner = Ownership(store, run_id)
         self._bundle: Bundle | None = None
-        self._unwritten_warnings: list[str] = []
         self._asked_for = 0
         """The attempt that this process asked the cloud for a machine for."""
-        self._folded: tuple[int, RunState] = (-1, RunState(run_id))
-        self.keepalive = Keepalive(store, run_id, driver.clock, job.lease_seconds, self._owner)
 
-    # -- opening and closing ------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> TrainingRun:
-        self._owner.claim()
-        self._journal.read()
-        state = self.state
-        if state.state == "new":
-            self._append(
-                "run-started",
-                job=self.job.model_dump(mode="json"),
-                fingerprint=fingerprint(self.job),
-                clock_speed=self.driver.clock.speed,
-                store=self.store.url,
-            )
-        elif self._owner.took_over:
-            self._append("taken-over", owner=self._owner.number)
-        if state.state in ("failed", "cancelled", "over-budget"):
-            self._append("reopened", after=state.state)
-        self._settle_budget(closing=False)
-        self.keepalive.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.keepalive.stop()
-        try:
-            if not self.taken:
-                self._owner.release()
-        except (HoldfastError, OSError) as problem:
-            # It must not hide what ended the run, and this owner is dead soon anyway.
-            log.warning("run not released run=%s error=%s", self.run_id, problem)
-
-    def read(self) -> RunState:
-        """The state with what others have written since."""
-        self._journal.read()
-        return self.state
+    def _fold(self, entries: Sequence[Entry]) -> RunState:
+        return read_run_state(self.run_id, entries)
 
     @property
-    def state(self) -> RunState:
-        """What the journal says, folded anew when it has grown. To be read, not changed."""
-        entries = list(self._journal)
-        if self._folded[0] != len(entries):
-            self._folded = (len(entries), read_run_state(self.run_id, entries))
-        return self._folded[1]
+    def fingerprint(self) -> str:
+        return fingerprint(self.job)
 
-    @property
-    def taken(self) -> bool:
-        """Has another process taken the run over? Then neither its machines nor its journal are ours to touch."""
-        if not self.keepalive.taken:
-            try:
-                self.keepalive.taken = not self._owner.is_mine()
-            except HoldfastError as error:
-                log.warning("can't ask who owns the run run=%s error=%s", self.run_id, error)
-        return self.keepalive.taken
+    def _clouds(self) -> list[str]:
+        return sorted({attempt.pool.cloud for attempt in self.state.attempts})
+
+    # -- closing ------------------------------------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
@@ -175,32 +107,6 @@ class TrainingRun:
         if self.state.state == "running":
             self._finish_open_attempt("cancelled", why)
             self.close(state, why)
-
-    def pause(self, until: datetime) -> None:
-        """Sleep on the cloud's clock. Raises RunTakenError when another process takes the run over meanwhile."""
-        clock = self.driver.clock
-        while (left := (until - clock.now()).total_seconds()) > 0:
-            if self.keepalive.taken:
-                raise self._taken_error()
-            time.sleep(min(1.0, left / clock.speed))
-
-    def settle(self) -> None:
-        """Prove that no machine of the run lives. Raises TransientError when one does not go, RunTakenError."""
-        if self.taken:
-            raise self._taken_error()
-        self.keepalive.attempt = None
-        give_up_at = time.monotonic() + SETTLE_WALL_SECONDS
-        asked_at: dict[str, float] = {}
-        while living := self._patiently(self._living_machines):
-            for machine in living:
-                now = time.monotonic()
-                if now - asked_at.get(machine.id, -math.inf) > TERMINATE_AGAIN_WALL_SECONDS:
-                    self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
-                    asked_at[machine.id] = now
-            if time.monotonic() > give_up_at:
-                names = ", ".join(machine.id for machine in living)
-                raise TransientError(f"machines of run {self.run_id} do not end: {names}; reap_orphans goes on trying")
-            time.sleep(self.driver.poll_seconds)
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
@@ -330,14 +236,6 @@ class TrainingRun:
         """The last attempt's end, for whoever was not watching."""
         return self._told_end(self.state.attempts[-1])
 
-    def warn(self, text: str) -> bool:
-        """Put a warning into the journal once; True when it is new."""
-        if text in self.state.warnings or text in self._unwritten_warnings:
-            return False
-        self._unwritten_warnings.append(text)
-        self._write_warnings()
-        return True
-
     def ask_to_stop(self, attempt: Attempt, outcome: contract.Outcome, why: str, grace_seconds: float) -> None:
         """Let the attempt's machine commit and end itself; the journal remembers why, whoever sees its end."""
         if not attempt.asked_to_end:
@@ -356,38 +254,6 @@ class TrainingRun:
         return self.state.usd_total + running.usd
 
     # -- the journal --------------------------------------------------------------------------------------------------
-
-    def _append(self, kind: str, patient: bool = True, **fields: Any) -> Entry:
-        """Waits for a store that does not answer: what has happened must be written down, however late."""
-        give_up_at = time.monotonic() + (STORE_PATIENCE_WALL_SECONDS if patient else 0)
-        pause = 0.5
-        now = self.driver.clock.now()  # the same at every try, so that the journal knows its own entry
-        while True:
-            try:
-                return self._journal.append(kind, now, **fields)
-            except AlreadyExistsError as error:
-                self.keepalive.taken = True
-                raise self._taken_error() from error
-            except TransientError as error:
-                if time.monotonic() + pause > give_up_at and not isinstance(error, CredentialsError):
-                    raise
-                log.warning("entry %r waits for the store run=%s error=%s", kind, self.run_id, error)
-                time.sleep(pause)
-                pause = min(2 * pause, 30.0)
-
-    def _taken_error(self) -> RunTakenError:
-        return RunTakenError(
-            f"run {self.run_id!r} was taken over by another process: it and its machines are that one's"
-        )
-
-    def _write_warnings(self) -> None:
-        """What the store does not take now is written with a later one."""
-        try:
-            while self._unwritten_warnings:
-                self._append("warned", patient=False, text=self._unwritten_warnings[0])
-                del self._unwritten_warnings[0]
-        except TransientError as error:
-            log.warning("warning not written yet run=%s error=%s", self.run_id, error)
 
     def _settle_budget(self, closing: bool) -> None:
         """Whatever a crash left between an entry of ours and the budget's own. Doing it again changes nothing."""
@@ -437,7 +303,7 @@ class TrainingRun:
     def _prices(self, attempt: Attempt, start: datetime, end: datetime) -> Sequence[PricePoint]:
         """What held then; the price that was reserved at, with a warning, when the cloud does not tell, or not for long."""
         try:
-            return self._patiently(lambda: self.driver.price_history(attempt.pool, start, end))
+            return self.patiently(lambda: self.driver.price_history(attempt.pool, start, end))
         except (TransientError, ConfigError) as error:
             self.warn(
                 f"attempt {attempt.number} is billed at the price of its reservation, no history was told: {error}"
@@ -450,11 +316,11 @@ class TrainingRun:
             return
         if self.taken:
             raise self._taken_error()
-        machines = self._patiently(lambda: self._machines(attempt))
+        machines = self.patiently(lambda: self._machines(attempt))
         if not machines and not attempt.machine and self._asked_for == attempt.number:
             machines = self._await_unseen(attempt, outcome)
         for machine in machines:  # before anything is written: a journal that can't be must not keep a machine alive
-            self._patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
+            self.patiently(lambda machine=machine: self.driver.terminate(machine.id, machine.pool))
         if not attempt.machine and not machines:
             self._record_end(attempt, Ending(outcome=outcome, detail=why))
             return
@@ -476,7 +342,7 @@ class TrainingRun:
         except HoldfastError as error:  # then the lease ends by itself, some minutes later
             log.warning("lease not ended run=%s error=%s", self.run_id, error)
         give_up_at = time.monotonic() + UNSEEN_WALL_SECONDS
-        while not (machines := self._patiently(lambda: self._machines(attempt))) and time.monotonic() < give_up_at:
+        while not (machines := self.patiently(lambda: self._machines(attempt))) and time.monotonic() < give_up_at:
             time.sleep(min(1.0, self.driver.poll_seconds))
         return machines
 
@@ -512,48 +378,9 @@ class TrainingRun:
 
     # -- the cloud ----------------------------------------------------------------------------------------------------
 
-    def _machines(self, attempt: Attempt | None = None) -> list[Machine]:
-        """Of one attempt, or of all: then every cloud is asked that the run ever asked for a machine."""
-        if attempt is not None:
-            tags = {RUN_TAG: self.run_id, "holdfast-attempt": str(attempt.number)}
-            return list(self.driver.machines(tags, cloud=attempt.pool.cloud))
-        clouds = sorted({attempt.pool.cloud for attempt in self.state.attempts})
-        return [machine for cloud in clouds for machine in self.driver.machines({RUN_TAG: self.run_id}, cloud=cloud)]
-
-    def _living_machines(self) -> list[Machine]:
-        return [machine for machine in self._machines() if machine.state != "terminated"]
-
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """What `call` returns, asked again for a while. Raises TransientError in the end."""
-        give_up_at = time.monotonic() + CLOUD_PATIENCE_WALL_SECONDS
-        pause = min(1.0, self.driver.poll_seconds)
-        while True:
-            try:
-                return self._with_credentials(call)
-            except TransientError as error:
-                if time.monotonic() + pause > give_up_at:
-                    raise
-                log.warning("asking the cloud again run=%s error=%s", self.run_id, error)
-                time.sleep(pause)
-                pause = min(2 * pause, 10.0)
-
-    def _with_credentials(self, call: Callable[[], T]) -> T:
-        """What `call` returns, however long it takes until somebody has renewed credentials that have ended.
-
-        Meanwhile a machine lives by its lease, which the store's own credentials renew: it is not leaked.
-        """
-        give_up_at = time.monotonic() + CREDENTIALS_PATIENCE_WALL_SECONDS
-        while True:
-            try:
-                return call()
-            except CredentialsError as error:
-                self.warn(f"waited for credentials: {error}")
-                log.warning("waiting for credentials run=%s error=%s", self.run_id, error)
-                if time.monotonic() > give_up_at:
-                    raise
-                if self.keepalive.taken:
-                    raise self._taken_error() from error
-                time.sleep(min(CREDENTIALS_POLL_WALL_SECONDS, 10 * self.driver.poll_seconds))
+    def _machines(self, attempt: Attempt) -> list[Machine]:
+        tags = {RUN_TAG: self.run_id, "holdfast-attempt": str(attempt.number)}
+        return list(self.driver.machines(tags, cloud=attempt.pool.cloud))
 
     def _token(self, attempt: int) -> str:
         return f"{self.run_id}-{attempt:04d}"

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import holdfast
 from holdfast.errors import AlreadyExistsError, ConfigError
-from holdfast.model import TrainingJob
+from holdfast.model import Job
 from holdfast.runtime.fetch import object_url
 from holdfast.storage import ObjectStore
 
@@ -45,7 +45,7 @@ class Vendored:
     """gzip of tar entries without the archive's end: whatever is appended makes one archive of both (RFC 1952, 2.2)."""
 
 
-def upload_bundle(job: TrainingJob, store: ObjectStore, run_id: str) -> Bundle:
+def upload_bundle(job: Job, store: ObjectStore, run_id: str) -> Bundle:
     """Pack and store the bundle of a run; the same content has the same name. Raises ConfigError, TransientError."""
     needs_obstore = urlsplit(store.url).scheme != "file"
     data = pack(job, obstore() if needs_obstore else None)
@@ -76,7 +76,7 @@ def obstore() -> Vendored:
     return Vendored(importlib.metadata.version("obstore"), member)
 
 
-def pack(job: TrainingJob, vendored: Vendored | None = None) -> bytes:
+def pack(job: Job, vendored: Vendored | None = None) -> bytes:
     """A reproducible tar.gz with code/, lib/holdfast/, agent.json and what is `vendored`. Raises ConfigError."""
     buffer = io.BytesIO()
     if vendored:
@@ -103,7 +103,7 @@ def pack(job: TrainingJob, vendored: Vendored | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def _agent_orders(job: TrainingJob, vendored: Vendored | None) -> dict[str, object]:
+def _agent_orders(job: Job, vendored: Vendored | None) -> dict[str, object]:
     if job.script:
         command = [job.script]
     elif job.module:

@@ -24,7 +24,7 @@ def open_fleet_run(
     if not RUN_ID.fullmatch(run_id):
         raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
     check_store(store)
-    check_job(job, driver)  # type: ignore[arg-type]
+    check_job(job, driver)
     run = FleetRun(job, driver, store, budget, run_id)
     state = run.read()
     if state.state == "new":

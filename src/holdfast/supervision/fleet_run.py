@@ -425,7 +425,7 @@ class FleetRun(Run[FleetState]):
 
     def _fleet_request(self, asked: Round) -> FleetRequest:
         if self._bundle is None:
-            self._bundle = upload_bundle(self.job, self.store, self.run_id)  # type: ignore[arg-type]
+            self._bundle = upload_bundle(self.job, self.store, self.run_id)
         environment = {
             **machine_environment(self.job.environment.python, self.job.max_run_hours * 3600),
             contract.STORE: self.store.url,

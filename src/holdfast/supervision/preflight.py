@@ -14,14 +14,14 @@ from urllib.parse import parse_qs, urlsplit
 from holdfast.drivers.protocol import Driver, Offer
 from holdfast.drivers.several import SomeOffers
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import Environment, Resources, TrainingJob
+from holdfast.model import Environment, Job, Resources
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import check_code
 
 IMPORT_SECONDS = 120.0
 
 
-def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
+def check_job(job: Job, driver: Driver) -> list[Offer]:
     """The offers that fit the job. Raises ConfigError that names every field, value and remedy at once."""
     driver.check()
     problems = code_problems(job, driver)
@@ -39,7 +39,7 @@ def check_job(job: TrainingJob, driver: Driver) -> list[Offer]:
     return offers
 
 
-def code_problems(job: TrainingJob, driver: Driver) -> list[str]:
+def code_problems(job: Job, driver: Driver) -> list[str]:
     """What is wrong with the job's folder, program and packages: field, value and remedy of each."""
     # A program that brings its own packages can't be asked for by this computer's.
     own_packages = job.environment != Environment()
@@ -125,7 +125,7 @@ def _unknown(field: str, names: Iterable[str], known: set[str]) -> Iterable[str]
             yield f"{field}: the account has no {name!r}; {hint}"
 
 
-def _program_problems(job: TrainingJob, image_python: Path | None) -> Iterable[str]:
+def _program_problems(job: Job, image_python: Path | None) -> Iterable[str]:
     code = Path(job.code)
     if not code.is_dir():
         yield f"code: {job.code!r} is no folder; name the one that holds the program"
@@ -137,7 +137,7 @@ def _program_problems(job: TrainingJob, image_python: Path | None) -> Iterable[s
         yield f"command: {job.command[0]!r} is neither a file in {job.code!r} nor a program on the path; correct it"
 
 
-def _environment_problems(job: TrainingJob) -> Iterable[str]:
+def _environment_problems(job: Job) -> Iterable[str]:
     lock_file = job.environment.requirements
     if not lock_file:
         return

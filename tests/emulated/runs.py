@@ -254,8 +254,9 @@ def in_google_s_cloud(environment: Mapping[str, str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        host = environment["GCE_METADATA_HOST"]  # google-auth has read the variable when it was imported
-        patch.setattr("google.auth.compute_engine._metadata._GCE_METADATA_HOST", host)
+        # google-auth has read its variables when it was imported, which may have been in a test that changed them.
+        patch.setattr("google.auth.compute_engine._metadata._GCE_METADATA_HOST", environment["GCE_METADATA_HOST"])
+        patch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", False)
         yield
 
 

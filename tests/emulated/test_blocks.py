@@ -345,7 +345,7 @@ def test_a_profile_that_is_not_there_is_refused_by_its_name(folder: Path) -> Non
 @pytest.fixture
 def without_google(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A computer without any Google credentials: no file, no metadata service."""
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setattr("google.auth.compute_engine._metadata._NO_GCE_CHECK", True)
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(folder / "nothing"))
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
 

@@ -16,7 +16,6 @@ from holdfast.model import Resources, TrainingJob
 from holdfast.placement.policy import Launch
 from holdfast.runtime.contract import store_tag
 from holdfast.storage import DirectoryStore
-from holdfast.supervision import training_run
 from holdfast.supervision.opening import open_run
 from holdfast.supervision.reap import reap
 from tests.conftest import PROGRAMS
@@ -77,7 +76,7 @@ def test_a_run_is_not_given_up_while_the_cloud_that_has_its_machines_is_away(tmp
 def test_a_run_waits_for_the_credentials_of_the_cloud_that_has_its_machines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_run, "CREDENTIALS_POLL_WALL_SECONDS", 0.01)
+    monkeypatch.setattr("holdfast.supervision.run.CREDENTIALS_POLL_WALL_SECONDS", 0.01)
     one, driver = both(tmp_path)
     run = open_run(job(), driver, DirectoryStore(tmp_path / "store"), None, "light")
     one.away = [CredentialsError("renew them"), CredentialsError("renew them")]

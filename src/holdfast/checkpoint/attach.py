@@ -82,6 +82,7 @@ class Attached:
         self._stop = self._looping = False
         self._step, self._total = 0, 0
         self._metrics: dict[str, float] = {}
+        self._last_metrics: dict[str, float] = {}
         self._random_states: dict[str, Any] | None = None
         if around is None:
             return
@@ -120,6 +121,17 @@ class Attached:
         steps are done, it returns once the last state is durable. Raises ConfigError unless `total` is a whole number
         above zero, TransientError when the last commit fails for five minutes.
         """
+        for step in range(self.begin(total) + 1, total + 1):
+            if self._stop:
+                break
+            yield step
+            self.complete()
+        self.finish()
+
+    def begin(self, total: int) -> int:
+        """For a loop of another library, instead of `steps`: the steps that are done already; call `complete` after
+        each of the rest, and `finish` after the last. Raises ConfigError as `steps` does.
+        """
         if not isinstance(total, int) or total < 1:
             raise ConfigError(f"steps(total={total!r}): total must be a whole number above zero")
         if self._looping:
@@ -130,12 +142,17 @@ class Attached:
         self._step, self._total = self.resumed_step, total
         if self._random_states is not None:
             set_random_states(self._random_states)  # here: what ran since attach() must not have used them up
-        while self._step < total and not self._stop:
-            self._metrics = {}
-            yield self._step + 1
-            self._step += 1
-            if self._around:
-                self._after_step()
+        return self._step
+
+    def complete(self) -> None:
+        """One more step is done. On an interruption notice it commits and leaves the program (SystemExit)."""
+        self._step += 1
+        if self._around:
+            self._after_step()
+        self._last_metrics, self._metrics = self._metrics, {}
+
+    def finish(self) -> None:
+        """All steps are done: returns once the last state is durable. Raises TransientError as `steps` does."""
         if self._around:
             self._finish()
 
@@ -230,7 +247,7 @@ class Attached:
                     f"the last step ({self._step}) could not be made durable in {FINAL_COMMIT_SECONDS:.0f} s; "
                     f"the last committed one is {max(0, self._committer.committed_step)}"
                 )
-        self._reporter.event("finished", step=self._step, metrics=dict(self._metrics))
+        self._reporter.event("finished", step=self._step, metrics=dict(self._last_metrics))
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

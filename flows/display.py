@@ -27,6 +27,8 @@ STYLES = {
     "resumed": "green",
     "committed": "dim",
     "ended": "bold green",
+    "formed": "bold cyan",
+    "dissolved": "yellow",
     "warned": "yellow",
 }
 PLAIN_SECONDS = 5.0
@@ -102,7 +104,7 @@ def event_line(update: Update) -> str:
 
 
 def status_line(update: Update) -> str:
-    """Step, loss, attempt, machine, state, dollars so far, pool: what matters most comes first."""
+    """Step, loss, attempt, machine, state, what keeps its saves back, dollars so far, pool: what matters most comes first."""
     fields = update.fields
     total = fields.get("total_steps")
     parts = [f"step {fields.get('step') or 0}{f'/{total}' if total else ''}"]
@@ -111,7 +113,10 @@ def status_line(update: Update) -> str:
     parts += [f"attempt {update.attempt}"]
     if machine := fields.get("machine"):
         parts.append(_short(machine))
-    parts += [f"{fields.get('phase') or update.kind}", f"${fields.get('usd') or 0:.4f}", f"{fields.get('pool') or ''}"]
+    parts.append(f"{fields.get('phase') or update.kind}")
+    if fields.get("not_durable_step"):
+        parts.append(f"not durable since step {fields.get('committed_step') or 0}")
+    parts += [f"${fields.get('usd') or 0:.4f}", f"{fields.get('pool') or ''}"]
     return "  ".join(parts).rstrip()
 
 

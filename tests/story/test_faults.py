@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from flows.display import status_line
+from holdfast.drivers.local import LocalDriver
 from holdfast.drivers.local.config import Fate
 from holdfast.drivers.protocol import CapacityPool, LaunchRequest, Machine
 from holdfast.errors import (
@@ -24,12 +27,14 @@ from holdfast.errors import (
     TransientError,
 )
 from holdfast.ledger.budget import Budget, BudgetLedger
-from holdfast.model import Fallback, Resources
+from holdfast.ledger.summary import summarise, to_markdown
+from holdfast.model import Fallback, Resources, TrainingJob
 from holdfast.placement.policy import Launch
 from holdfast.storage import DirectoryStore, ObjectInfo
 from holdfast.storage.protocol import Data
 from holdfast.supervision.opening import open_run
 from holdfast.supervision.training_run import TrainingRun
+from holdfast.supervision.updates import Update
 from tests.chaos.runs import (
     assert_lost_steps_were_trained_again,
     assert_nothing_left,
@@ -107,6 +112,60 @@ def test_a_store_that_is_away_at_the_end_delays_the_end(folder: Path, store: Dir
     _, summary = carry(light_job(folder), driver, shaky, "light")
     thread.join()
     assert outcomes(summary) == [("spot", "finished")]
+
+
+def watched(job: TrainingJob, driver: LocalDriver, store: DirectoryStore) -> tuple[list[Update], dict[str, Any]]:
+    """What was told while one machine carried the whole run, and the run's summary."""
+    with open_run(job, driver, store, None, job.name) as run:
+        run.reserve(run.decide())  # type: ignore[arg-type]
+        run.launch()
+        updates = list(run.supervise())
+        run.close("finished")
+    return updates, summarise(run.state)
+
+
+def test_saves_that_fail_for_a_while_are_told_at_once_and_counted_in_the_summary(
+    folder: Path, store: DirectoryStore
+) -> None:
+    in_the_way = folder / ".holdfast/runs/light/checkpoints"  # a file where the checkpoints' folder must be
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    driver = cloud(folder, [])
+    thread = when_step(100, driver, in_the_way.unlink)
+    updates, summary = watched(light_job(folder, steps=300), driver, store)
+    thread.join()
+    told = [update for update in updates if update.kind == "warned"]
+    assert re.match(r"checkpoint of step \d+ is not durable .*: .*can't write", told[0].text), told[0].text
+    assert told[0].fields["step"] < 100
+    shown = [status_line(update) for update in updates]
+    troubled = [line for line in shown if "not durable since step 0" in line]
+    assert troubled and "not durable" not in shown[-1]
+    assert summary["steps_total"] == 300
+    [row] = summary["attempts"]
+    assert row["commit_failures"] == summary["checkpoints"]["commit_failures"] == len(told)
+    assert row["last_committed_step"] == 300
+    assert f"- Tries to make a checkpoint durable that failed: {len(told)} (attempt 1: {len(told)})" in to_markdown(
+        summary
+    )
+    [warning] = summary["warnings"]
+    assert warning == f"attempt 1: {told[0].text}"
+
+
+def test_a_save_that_is_late_is_told_with_its_budget_and_counted(folder: Path, store: DirectoryStore) -> None:
+    job = light_job(folder, "late").model_copy(update={"script": "late.py", "args": []})
+    updates, summary = watched(job, cloud(folder, []), store)
+    assert [update.text for update in updates if update.kind == "warned"] == [
+        "checkpoint of step 10 is not durable after 12 s, its budget was 10 s: the store is slow",
+        "checkpoint of step 10 is not durable yet: the disk is full",
+        "checkpoint of step 20 is not durable after 75 s, its budget was 60 s: the disk is full",
+        "12 GB do not fit the 30 s that are left",
+    ]
+    assert summary["attempts"][0]["late_commits"] == summary["checkpoints"]["late_commits"] == 2
+    text = to_markdown(summary)
+    assert "- Checkpoints that were not durable within their budget: 2 (attempt 1: 2)" in text
+    assert "- Warning: attempt 1: checkpoint of step 10 is not durable after 12 s" in text
+    assert "- Warning: attempt 1: 12 GB do not fit the 30 s that are left" in text
+    assert len(summary["warnings"]) == 3  # one of each kind
 
 
 def test_a_run_that_was_taken_over_leaves_the_new_owner_s_machine_alone(folder: Path, store: DirectoryStore) -> None:

@@ -60,6 +60,11 @@ def test_when_there_is_no_room_the_pool_is_cut_and_the_dollars_stay() -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_while_saves_fail_the_line_says_since_when_nothing_is_durable() -> None:
+    lines = shown(progress(not_durable_step=1240, committed_step=900))
+    assert any("training  not durable since step 900  $12.3456" in line for line in lines), lines
+
+
 def test_a_pipe_gets_the_same_line(capsys: pytest.CaptureFixture[str]) -> None:
     PlainDisplay()(progress())
     line = capsys.readouterr().out

@@ -73,6 +73,20 @@ def test_the_story_s_numbers() -> None:
     assert told["final_metrics"] == {"loss": 0.25}
 
 
+def test_saves_in_trouble_are_counted_by_attempt() -> None:
+    told = Told()
+    told.attempt("preempted", 0, 100, 50, report={"commit_failures": 3})
+    told.attempt("preempted", 50, 200, 200)
+    told.attempt("finished", 200, 300, 300, report={"commit_failures": 1, "late_commits": 2})
+    found = summary(told)
+    assert [row["commit_failures"] for row in found["attempts"]] == [3, 0, 1]
+    assert (found["checkpoints"]["commit_failures"], found["checkpoints"]["late_commits"]) == (4, 2)
+    text = to_markdown(found)
+    assert "- Tries to make a checkpoint durable that failed: 4 (attempt 1: 3, attempt 3: 1)" in text
+    assert "- Checkpoints that were not durable within their budget: 2 (attempt 3: 2)" in text
+    assert "durable" not in to_markdown(summary(story()))
+
+
 def test_every_promised_key_is_there() -> None:
     told = json.loads(json.dumps(summary(story())))
     assert told.keys() >= {

@@ -115,6 +115,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         f"{len(summary['recovery_seconds'])} interruptions",
         f"- Checkpoints: {checkpoints['commits']}, {checkpoints['bytes_per_commit'] / 1e6:.1f} MB each, "
         f"{checkpoints['overhead_fraction']:.2%} of the training time",
+        *_troubled_saves(summary["attempts"]),
         f"- Goodput: {_percent(summary['goodput'])} of the billed time trained steps that count",
     ]
     if summary["usd_egress_estimate"]:
@@ -160,6 +161,8 @@ def _attempt_row(attempt: Attempt, store: Place) -> dict[str, Any]:
         "lost_seconds": round(lost_seconds, 3),
         "lost_usd": round_usd(lost_seconds / 3600 * attempt.usd_per_hour),
         "notice": (attempt.report.get("notice") or {}).get("kind"),
+        "commit_failures": attempt.report.get("commit_failures", 0),
+        "late_commits": attempt.report.get("late_commits", 0),
     }
 
 
@@ -190,10 +193,24 @@ def _checkpoints(state: RunState) -> dict[str, Any]:
     return {
         "commits": commits,
         "commit_failures": sum(attempt.report.get("commit_failures", 0) for attempt in state.attempts),
+        "late_commits": sum(attempt.report.get("late_commits", 0) for attempt in state.attempts),
         "bytes_per_commit": sizes[-1] if sizes else 0,
         "seconds": {name: round(seconds, 4) for name, seconds in sorted(totals.items())},
         "overhead_fraction": round(totals.get("stall_seconds", 0.0) / training, 5) if training else 0.0,
     }
+
+
+def _troubled_saves(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind of trouble that there was."""
+    lines = []
+    for name, words in (
+        ("commit_failures", "Tries to make a checkpoint durable that failed"),
+        ("late_commits", "Checkpoints that were not durable within their budget"),
+    ):
+        if total := sum(row[name] for row in rows):
+            by_attempt = ", ".join(f"attempt {row['number']}: {row[name]}" for row in rows if row[name])
+            lines.append(f"- {words}: {total} ({by_attempt})")
+    return lines
 
 
 def _seconds(value: float | None) -> str:

@@ -30,9 +30,12 @@ class Telemetry:
             "commits": 0,
             "bytes_per_commit": 0,
             "totals": {},
+            "longest": {},
             "marks": {},
             "damaged": [],
             "commit_failures": 0,
+            "late_commits": 0,
+            "not_durable_step": None,
         }
 
     def add(self, event: dict[str, Any]) -> None:
@@ -55,12 +58,15 @@ class Telemetry:
                 report["phase"] = "training"
             case "committed":
                 report.update(committed_step=event["step"], commits=report["commits"] + 1)
-                report["bytes_per_commit"] = event.get("bytes", 0)
+                report.update(bytes_per_commit=event.get("bytes", 0), not_durable_step=None)
                 for name, value in event.items():
                     if name.endswith("_seconds"):
                         report["totals"][name] = report["totals"].get(name, 0.0) + value
+                        report["longest"][name] = max(report["longest"].get(name, 0.0), value)
             case "commit-failed":
-                report["commit_failures"] += 1
+                report.update(commit_failures=report["commit_failures"] + 1, not_durable_step=event["step"])
+            case "commit-late":
+                report.update(late_commits=report["late_commits"] + 1, not_durable_step=event["step"])
             case "damaged":
                 report["damaged"].append({"checkpoint": event["checkpoint"], "error": event["error"]})
             case "finished":

@@ -71,7 +71,8 @@ class _Watch:
         self.detail = ""
         self.seen: Machine | None = None
         self.seen_at = self.clock.now()
-        self.warned_of_commits = False
+        self.warned_of_commits: set[str] = set()
+        self.commit_error = ""
         self.asked_console_at: float | None = None
         if asked_to_end:  # it has been terminated; if it works on all the same, it is once more
             self.asked_at = self.clock.now()
@@ -176,11 +177,16 @@ class _Watch:
                 text = f"checkpoint {event['checkpoint']} is damaged ({event['error']}); the one before is used"
                 if self.run.warn(text):
                     yield self._update("warned", text, event)
-            case "commit-failed":
-                if not self.warned_of_commits:  # once: a store that stays away would fill the journal
-                    self.warned_of_commits = True
-                    self.run.warn(f"attempt {self.attempt.number}: commits failed, first with: {event['error']}")
-                yield self._update("warned", f"commit at step {event['step']} failed: {event['error']}", event)
+            case "commit-failed" | "commit-late":
+                self.commit_error = event.get("error") or self.commit_error
+                text = _not_durable(event, self.commit_error)
+                if event["kind"] not in self.warned_of_commits:  # once: a store that stays away would fill the journal
+                    self.warned_of_commits.add(event["kind"])
+                    self.run.warn(f"attempt {self.attempt.number}: {text}")
+                yield self._update("warned", text, event)
+            case "commit-skipped":
+                if self.run.warn(f"attempt {self.attempt.number}: {event['reason']}"):
+                    yield self._update("warned", event["reason"], event)
 
     # -- what is to be done about it ----------------------------------------------------------------------------------
 
@@ -260,7 +266,10 @@ class _Watch:
         if resumed is None and (steps or committed is not None):
             resumed = 0
         last = None if resumed is None else max([*steps[-1:], report.get("step") or 0, resumed, committed or 0])
-        kept = ("marks", "totals", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures")
+        kept = (
+            "marks", "totals", "longest", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures",
+            "late_commits",
+        )  # fmt: skip
         return Ending(
             outcome=outcome,
             detail=detail,
@@ -345,11 +354,19 @@ class _Watch:
                 "total_steps": report.get("total_steps"),
                 "metrics": report.get("metrics"),
                 "committed_step": report.get("committed_step"),
+                "not_durable_step": report.get("not_durable_step"),
                 "machine": self.attempt.machine,
                 "pool": str(self.attempt.pool),
                 "usd": self.run.usd_so_far(self.attempt),
             },
         )
+
+
+def _not_durable(event: dict[str, Any], error: str) -> str:
+    """Of a save that failed, and will be tried again, or that took longer than it may."""
+    after = f"after {event['seconds']:.0f} s" if "seconds" in event else "yet"
+    budget = f", its budget was {event['budget_seconds']:.0f} s" if "budget_seconds" in event else ""
+    return f"checkpoint of step {event['step']} is not durable {after}{budget}: {error or 'the store is slow'}"
 
 
 NEVER_CHECKPOINTED = (

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.attach import Attached, attach
+    from holdfast.checkpoint.resumable_loader import ResumableLoader
     from holdfast.checkpoint.sampling import ShuffledBatches
 
 __version__ = "0.1.0"
-__all__ = ["Attached", "ShuffledBatches", "__version__", "attach"]
+__all__ = ["Attached", "ResumableLoader", "ShuffledBatches", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from holdfast.checkpoint import attach
 
         return getattr(attach, name)
+    if name == "ResumableLoader":
+        from holdfast.checkpoint.resumable_loader import ResumableLoader
+
+        return ResumableLoader
     if name == "ShuffledBatches":
         from holdfast.checkpoint.sampling import ShuffledBatches
 

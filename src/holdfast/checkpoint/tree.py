@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from holdfast.errors import ConfigError, DamagedCheckpointError
 
 TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY = "$tensor", "$tuple", "$pairs", "$float", "$bytes", "$array"
-RESERVED = frozenset({TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY})
+COUNTER = "$counter"  # MultiStepLR asks its milestones for `elements`, which a dict does not have
+RESERVED = frozenset({TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY, COUNTER})
 
 
 def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], str]) -> Any:
@@ -35,14 +37,15 @@ def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], str]) -> An
     if isinstance(value, tuple):
         return {TUPLE: [flatten(item, f"{path}.{index}", take_tensor) for index, item in enumerate(value)]}
     if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value) and not RESERVED & value.keys():
+        is_counter = isinstance(value, Counter)
+        if not is_counter and all(isinstance(key, str) for key in value) and not RESERVED & value.keys():
             return {key: flatten(item, f"{path}.{key}", take_tensor) for key, item in value.items()}
         pairs = []
         for key, item in value.items():
             if not isinstance(key, str | int | bool | float | tuple) and key is not None:
                 raise ConfigError(f"{path} has a key of type {type(key).__name__}, which a checkpoint can't hold")
             pairs.append([flatten(key, f"{path}.<key>", take_tensor), flatten(item, f"{path}.{key}", take_tensor)])
-        return {PAIRS: pairs}
+        return {COUNTER if is_counter else PAIRS: pairs}
     if name := take_tensor(path, value):
         return {TENSOR: name}
     if type(value).__module__ == "numpy":
@@ -68,6 +71,8 @@ def unflatten(value: Any, tensor: Callable[[str], Any]) -> Any:
                 return tuple(unflatten(item, tensor) for item in content)
             case "$pairs":
                 return {unflatten(key, tensor): unflatten(item, tensor) for key, item in content}
+            case "$counter":
+                return Counter({unflatten(key, tensor): unflatten(count, tensor) for key, count in content})
             case "$float":
                 return float(content)
             case "$bytes":

@@ -112,6 +112,10 @@ def rates(optimizer: Any, scheduler: Any, steps: range) -> list[list[float]]:
     return seen
 
 
+def test_no_scheduler_of_torch_is_left_out() -> None:
+    assert set(SCHEDULERS) == {*lr_scheduler.__all__, "SWALR"} - {"LRScheduler"}
+
+
 @EVERY_SCHEDULER
 def test_every_scheduler_of_torch_goes_on_after_a_checkpoint(make: Callable[[Any], Any]) -> None:
     optimizers = [optimizer(), optimizer()]

@@ -22,6 +22,8 @@ from statistics import median
 
 from holdfast.runtime.contract import NoticeKind
 
+WINDOWS_SECONDS = {"GCP": 30.0, "AWS": 120.0}
+"""Between the notice and the reclaim, at best."""
 MARGIN_SECONDS = 2.0
 """Kept free before the reclaim: to leave, to ship the last log lines, and for two clocks that disagree."""
 LEAST_HEADROOM = 1.25

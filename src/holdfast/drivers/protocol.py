@@ -127,6 +127,8 @@ class Finding:
     ok: bool
     detail: str
     """What was found, in words; of what is not ok, also the remedy."""
+    warning: bool = False
+    """It works, and is worth knowing all the same before money is spent."""
 
 
 class Driver(Protocol):

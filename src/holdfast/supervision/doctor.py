@@ -13,6 +13,7 @@ from holdfast.placement.policy import Situation, rank
 from holdfast.storage import ObjectStore
 from holdfast.supervision.preflight import code_problems, fitting_offers, unreachable
 from holdfast.supervision.training_run import FIRST_GUESS_RESTART_SECONDS, FIRST_GUESS_SAVE_SECONDS
+from holdfast.supervision.windows import examine_windows
 
 POOLS_SHOWN = 5
 
@@ -22,13 +23,18 @@ Opened = TypeVar("Opened")
 def examine(
     open_store: Callable[[], ObjectStore], open_driver: Callable[[], Driver], job: TrainingJob | None = None
 ) -> Iterator[Finding]:
-    """The store; the account, or several as one; whether the one's machines reach the other; the job."""
+    """The store; the account, or several as one; whether the one's machines reach the other, and how fast; the job."""
     store, of_store = _opened("store", open_store, _examine_store)
-    yield from of_store
+    works = True
+    for finding in of_store:
+        works = works and finding.ok
+        yield finding
     driver, of_account = _opened("account", open_driver, lambda driver: driver.examine())
     yield from of_account
     if store and driver:
         yield from (Finding(subject="store", ok=False, detail=why) for why in unreachable(store.url, driver.name))
+    if store and works:
+        yield from examine_windows(store, driver.name if driver else "", job)
     if driver and job:
         yield from examine_job(job, driver)
 
@@ -138,6 +144,12 @@ def to_text(findings: Iterable[Finding]) -> str:
     """One line each, what is wrong marked; for a terminal or a log."""
     found = list(findings)
     width = max((len(finding.subject) for finding in found), default=0)
-    lines = [f"{'ok     ' if one.ok else 'MISSING'}  {one.subject:<{width}}  {one.detail}" for one in found]
+    lines = [f"{_mark(one)}  {one.subject:<{width}}  {one.detail}" for one in found]
     missing = sum(not finding.ok for finding in found)
     return "\n".join([*lines, "", f"{missing} of {len(found)} are missing" if missing else "everything works"])
+
+
+def _mark(finding: Finding) -> str:
+    if not finding.ok:
+        return "MISSING"
+    return "warning" if finding.warning else "ok     "

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+from holdfast.checkpoint.planner import WINDOWS_SECONDS, size_text, window_bytes, window_warning
 from holdfast.ledger.run_state import Attempt, RunState
 from holdfast.ledger.summary import summarise
 from holdfast.model import TrainingJob
 
-WINDOWS_SECONDS = {"GCP": 30.0, "AWS": 120.0}
 TELLS_NO_STEPS = (
     "the program tells no steps. Wrap its loop in holdfast.attach, or write folders to $HOLDFAST_CHECKPOINT_DIRECTORY"
 )
@@ -181,31 +181,59 @@ def _lost_steps(state: RunState) -> Finding:
 
 
 def _flushes(state: RunState, poll_seconds: float) -> list[Finding]:
-    flushes = [seconds for attempt in state.attempts if (seconds := _flush_seconds(attempt)) is not None]
+    flushes = [flush for attempt in state.attempts if (flush := _flush(attempt)) is not None]
     if not flushes:
         return []
-    worst = max(flushes)
+    worst, words = max(flushes)
     found = []
     for cloud, window in WINDOWS_SECONDS.items():
-        fits = worst + poll_seconds <= window
+        warning, link = _link(state, window)
+        answer = f"{worst:.2f} s {words}, after up to {poll_seconds:g} s until it is heard"
         found.append(
             Finding(
                 f"Does the flush fit {cloud}'s {window:.0f} s?",
-                fits,
-                f"{worst:.2f} s from hearing the notice to the end, after up to {poll_seconds:g} s until it is heard",
+                worst + poll_seconds <= window and not warning,
+                "; ".join(part for part in (warning, answer, link) if part),
                 decisive=cloud == "AWS",
             )
         )
     return found
 
 
-def _flush_seconds(attempt: Attempt) -> float | None:
-    """Until the commit; of a program that does not tell when it stops, until the machine was off: rather too long."""
+def _flush(attempt: Attempt) -> tuple[float, str] | None:
+    """Seconds at worst, and what they are.
+
+    A program that is attached trains on in the window, so what counts is what one commit was seen to need. Of another,
+    that does not tell when it stops: from the notice until the machine was off, rather too long.
+    """
+    longest = attempt.report.get("longest", {})
+    if "attached" in attempt.marks and longest:
+        saving = longest.get("stall_seconds", 0.0) + longest.get("commit_seconds", 0.0)
+        return saving + (attempt.step_seconds or 0.0), "for the step under way, the copy, and until it was durable"
     notice = attempt.report.get("notice") or {}
     stopped = attempt.marks.get("preempting") or attempt.terminated_at
     if notice.get("kind") != "preemption" or not stopped:
         return None
-    return max(0.0, (stopped - datetime.fromisoformat(notice["seen_at"])).total_seconds())
+    seconds = (stopped - datetime.fromisoformat(notice["seen_at"])).total_seconds()
+    return max(0.0, seconds), "from hearing the notice to the end"
+
+
+def _link(state: RunState, window_seconds: float) -> tuple[str, str]:
+    """A warning when a checkpoint at the slowest speed that was measured does not fit; and what a store must bear."""
+    known = [
+        (seconds / attempt.report["bytes_per_commit"], attempt.report["bytes_per_commit"])
+        for attempt in state.attempts
+        if attempt.report.get("bytes_per_commit")
+        and (seconds := attempt.report.get("longest", {}).get("wall_commit_seconds"))
+    ]
+    if not known:
+        return "", ""
+    seconds_per_byte, size = max(known)
+    needed = size / window_bytes(1.0, window_seconds)
+    return window_warning(size, 1 / seconds_per_byte, window_seconds) or "", (
+        f"{size_text(1 / seconds_per_byte)}/s was measured with this computer's disk, and a store needs "
+        f"{size_text(needed)}/s for the {size_text(size)}"
+    )
 
 
 def _checkpoint_cost(state: RunState) -> Finding:

@@ -166,6 +166,7 @@ class _Watch:
             case "resumed" if event["step"]:
                 yield self._update("resumed", f"resumed from step {event['step']}", event)
             case "committed":
+                self.commit_error = ""
                 yield self._update("committed", f"committed at step {event['step']}", event)
             case "notice":
                 seconds = "no time given"

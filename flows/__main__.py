@@ -12,7 +12,7 @@ from typing import Any
 from flows import DISPLAY_VARIABLE
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import load_fleet_job, load_job
+from holdfast.model import load_fleet_job, load_gang_job, load_job
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
@@ -59,6 +59,23 @@ def fleet_command(options: argparse.Namespace) -> int:
         from flows.fleet import fleet
 
         summary = fleet(
+            job,
+            account=accounts_of(options),
+            store=options.store,
+            budget=options.budget,
+            run_id=options.run_id,
+            notify=options.notify,
+        )
+        _show(summary)
+    return 0
+
+
+def gang_command(options: argparse.Namespace) -> int:
+    job = load_gang_job(options.job)
+    with prefect_server():
+        from flows.gang import gang
+
+        summary = gang(
             job,
             account=accounts_of(options),
             store=options.store,
@@ -152,17 +169,21 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a job to its end, on spot machines")
     train.add_argument("job", type=Path, help="YAML file of a TrainingJob")
-    train.add_argument("--budget", default="", help="name of a spending-budget block")
-    train.add_argument("--run-id", default="", help="go on with the run of that name, or give a new one this name")
-    train.add_argument("--notify", default="", help="notification block, as type/name")
     train.set_defaults(command=train_command)
-
     fleet = commands.add_parser("fleet", help="run a job on many machines at once, a share of them spot")
     fleet.add_argument("job", type=Path, help="YAML file of a FleetJob")
-    fleet.add_argument("--budget", default="", help="name of a spending-budget block")
-    fleet.add_argument("--run-id", default="", help="go on with the run of that name, or give a new one this name")
-    fleet.add_argument("--notify", default="", help="notification block, as type/name")
     fleet.set_defaults(command=fleet_command)
+    gang = commands.add_parser(
+        "gang", help="train one job on many machines at once, with fewer while some are replaced"
+    )
+    gang.add_argument("job", type=Path, help="YAML file of a GangJob")
+    gang.set_defaults(command=gang_command)
+    for command in (train, fleet, gang):
+        command.add_argument("--budget", default="", help="name of a spending-budget block")
+        command.add_argument(
+            "--run-id", default="", help="go on with the run of that name, or give a new one this name"
+        )
+        command.add_argument("--notify", default="", help="notification block, as type/name")
 
     rehearse = commands.add_parser("rehearse", help="run a job on the local cloud with preemptions, and judge it")
     rehearse.add_argument("job", type=Path, help="YAML file of a TrainingJob")
@@ -174,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what works, what is missing, what an hour costs; launches nothing")
     doctor.add_argument("job", type=Path, nargs="?", help="YAML file of a TrainingJob, to see its pools and its cost")
     doctor.set_defaults(command=doctor_command)
-    for command in (train, fleet, reap, doctor):
+    for command in (train, fleet, gang, reap, doctor):
         command.add_argument(
             "--account",
             action="append",

@@ -13,7 +13,6 @@ from blocks import load_budget, load_driver, load_store
 from flows.fleet_display import fleet_watchers
 from flows.train import state_after
 from holdfast.errors import CapacityError, OverBudgetError, QuotaError, RunTakenError
-from holdfast.ledger.fleet_summary import fleet_headline
 from holdfast.model import FleetJob
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.policy import GiveUp, Wait
@@ -64,7 +63,7 @@ def fleet(
         run_id or f"{job.name}-{str(flow_run.id)[:8]}",
     )
     summary = carry_out_fleet(run, notify)
-    get_run_logger().info(fleet_headline(summary))
+    get_run_logger().info(run.headline(summary))
     return summary
 
 

@@ -1,4 +1,4 @@
-"""The live display of a fleet in a terminal: one bar of machines that have finished, one line per event."""
+"""The live display of a fleet or a gang in a terminal: one bar of what is done, one line per event."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from flows import DISPLAY_VARIABLE
 from flows.display import PLAIN_SECONDS, STYLES
 from holdfast.supervision.fleet_run import FleetRun
 from holdfast.supervision.updates import Update
+from tasks.fleet import fraction_done
 from tasks.progress import Watcher
 
 
@@ -26,7 +27,7 @@ def fleet_watchers(run: FleetRun) -> Iterator[list[Watcher]]:
     if os.environ.get(DISPLAY_VARIABLE) != "1":
         yield []
     elif sys.stdout.isatty():
-        with LiveFleet(run.run_id, run.job.machines) as display:
+        with LiveFleet(run.run_id) as display:
             yield [display]
     else:
         yield [PlainFleet()]
@@ -35,7 +36,7 @@ def fleet_watchers(run: FleetRun) -> Iterator[list[Watcher]]:
 class LiveFleet:
     """One line with a bar that stays at the bottom, events above it."""
 
-    def __init__(self, run_id: str, machines: int, console: Console | None = None) -> None:
+    def __init__(self, run_id: str, console: Console | None = None) -> None:
         self._run_id = run_id
         self._progress = Progress(
             SpinnerColumn(),
@@ -45,7 +46,7 @@ class LiveFleet:
             console=console or Console(highlight=False),
             expand=True,
         )
-        self._bar = self._progress.add_task("", total=machines, status="starting")
+        self._bar = self._progress.add_task("", total=1.0, status="starting")
 
     def __enter__(self) -> LiveFleet:
         self._progress.console.print(f"fleet [bold]{escape(self._run_id)}[/]")
@@ -56,8 +57,7 @@ class LiveFleet:
         self._progress.stop()
 
     def __call__(self, update: Update) -> None:
-        finished = update.fields["counts"]["finished"]
-        self._progress.update(self._bar, completed=finished, status=escape(fleet_status(update)))
+        self._progress.update(self._bar, completed=fraction_done(update), status=escape(fleet_status(update)))
         if update.kind != "progress":
             style = STYLES[update.kind]
             clock = update.at.strftime("%H:%M:%S")
@@ -83,6 +83,8 @@ def fleet_event(update: Update) -> str:
 
 
 def fleet_status(update: Update) -> str:
-    """Members by what became of them, and dollars so far."""
-    counts = ", ".join(f"{number} {name}" for name, number in update.fields["counts"].items())
-    return f"{counts} of {update.fields['wanted']}  ${update.fields['usd']:.4f}"
+    """A gang's steps, members by what became of them, and dollars so far."""
+    fields = update.fields
+    steps = f"step {fields['step'] or 0} of {fields['total_steps']}, " if fields.get("total_steps") else ""
+    counts = ", ".join(f"{number} {name}" for name, number in fields["counts"].items())
+    return f"{steps}{counts} of {fields['wanted']}  ${fields['usd']:.4f}"

@@ -21,7 +21,6 @@ from prefect.cache_policies import NO_CACHE
 
 from holdfast.errors import TransientError
 from holdfast.ledger.fleet_state import Round
-from holdfast.ledger.fleet_summary import fleet_to_markdown, summarise_fleet
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.supervision.fleet_run import FleetRun
@@ -94,13 +93,20 @@ class FleetWatcher:
         if time.monotonic() < self._next_progress:
             return
         self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        percent = 100.0 * update.fields["counts"]["finished"] / update.fields["wanted"]
+        percent = 100.0 * fraction_done(update)
         if self._progress is None:
             self._progress = create_progress_artifact(  # type: ignore[assignment]
-                progress=percent, key=f"progress-{self._run_id}", description=f"Finished machines of {self._run_id}"
+                progress=percent, key=f"progress-{self._run_id}", description=f"Progress of {self._run_id}"
             )
         else:
             update_progress_artifact(self._progress, progress=percent)
+
+
+def fraction_done(update: Update) -> float:
+    """Of a gang's steps, or of a fleet's machines."""
+    if total := update.fields.get("total_steps"):
+        return min(1.0, (update.fields["step"] or 0) / total)
+    return update.fields["counts"]["finished"] / update.fields["wanted"]
 
 
 def publish_fleet_summary(run: FleetRun, notify: str = "") -> dict[str, Any]:
@@ -108,8 +114,8 @@ def publish_fleet_summary(run: FleetRun, notify: str = "") -> dict[str, Any]:
 
     A plain function: a flow that is being cancelled may start no task any more, and must publish all the same.
     """
-    summary = summarise_fleet(run.state)
-    markdown = fleet_to_markdown(summary)
+    summary = run.summarise()
+    markdown = run.to_markdown(summary)
     files = {"summary.md": markdown.encode(), "summary.json": json.dumps(summary, indent=2, allow_nan=False).encode()}
     folder = RUNS_FOLDER.absolute() / run.run_id
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ EVENTS = {
     "committed": "holdfast.run.committed",
     "fallback": "holdfast.run.fallback",
     "waiting": "holdfast.run.waiting",
+    "formed": "holdfast.gang.formed",
+    "dissolved": "holdfast.gang.dissolved",
     "warned": "holdfast.run.warned",
 }
 PROGRESS_SECONDS = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -163,6 +163,16 @@ NoticePollSeconds = Annotated[
 ]
 
 
+ProcessesPerMachine = Annotated[
+    int,
+    Field(
+        ge=0,
+        title="Processes per machine",
+        description="Ranks that torchrun starts on each machine; 0: one per GPU, and one where there is none.",
+    ),
+]
+
+
 class Job(Strict):
     """A program and the machines it needs: what every kind of job says first. Each kind declares the limits after its
     own fields, so that they come last in forms and messages.
@@ -206,10 +216,20 @@ class TrainingJob(Job):
         "spot-then-on-demand", title="Provisioning", description="Which provisioning models may be used."
     )
     max_attempts: int = Field(50, ge=1, title="Attempts at most", description="Machines asked for, refusals included.")
+    processes_per_machine: ProcessesPerMachine = 1
     max_program_failures: ProgramFailures = 0
     max_run_hours: RunHours = 24.0
     lease_seconds: LeaseSeconds = 900.0
     notice_poll_seconds: NoticePollSeconds = 5.0
+
+    @model_validator(mode="after")
+    def _torchrun_starts_python(self) -> TrainingJob:
+        if self.command and self.processes_per_machine != 1:
+            raise ValueError(
+                f"processes_per_machine is {self.processes_per_machine}: torchrun starts a script or a module, not a "
+                "command; name one of them, or let the command start its own processes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_way_back_to_spot_without_it(self) -> TrainingJob:
@@ -220,13 +240,17 @@ class TrainingJob(Job):
         return self
 
 
+SpotShare = Annotated[
+    float,
+    Field(ge=0, le=1, title="Spot share", description="0.8: of ten machines, eight are spot and two on-demand."),
+]
+
+
 class FleetJob(Job):
     """A program that many machines run at once, a share of them spot."""
 
     machines: int = Field(ge=1, le=1000, title="Machines", description="That run the program at the same time.")
-    spot_share: float = Field(
-        1.0, ge=0, le=1, title="Spot share", description="0.8: of ten machines, eight are spot and two on-demand."
-    )
+    spot_share: SpotShare = 1.0
     kind: Literal["instant", "maintained"] = Field(
         "instant",
         title="Kind",
@@ -255,6 +279,42 @@ class FleetJob(Job):
         return self
 
 
+class GangJob(Job):
+    """One training run on many machines at once: torchrun's ranks, all of them, or as many as can be had."""
+
+    machines: int = Field(ge=1, le=100, title="Machines", description="That train together when all can be had.")
+    min_machines: int = Field(
+        1, ge=1, title="Machines at least", description="With so many the training goes on while others are replaced."
+    )
+    processes_per_machine: ProcessesPerMachine = 0
+    spot_share: SpotShare = 1.0
+    checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
+    max_replacements: int = Field(
+        1000,
+        ge=0,
+        title="Replacements at most",
+        description="Machines launched in place of others; a refusal counts as one.",
+    )
+    max_program_failures: ProgramFailures = 0
+    max_run_hours: RunHours = 24.0
+    lease_seconds: LeaseSeconds = 900.0
+    notice_poll_seconds: NoticePollSeconds = 5.0
+
+    kind: ClassVar[Literal["instant"]] = "instant"
+    """What is taken is replaced by the run, not by the cloud."""
+
+    @model_validator(mode="after")
+    def _can_be_formed(self) -> GangJob:
+        if self.min_machines > self.machines:
+            raise ValueError(
+                f"min_machines is {self.min_machines}, more than the {self.machines} machines there are to be; lower the "
+                "one, or raise the other"
+            )
+        if self.command:
+            raise ValueError("a gang's ranks are started by torchrun, which needs a script or a module, not a command")
+        return self
+
+
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
@@ -268,6 +328,11 @@ def load_fleet_job(path: Path | str) -> FleetJob:
     return _load(path, FleetJob)
 
 
+def load_gang_job(path: Path | str) -> GangJob:
+    """The same for a gang."""
+    return _load(path, GangJob)
+
+
 def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
     path = Path(path)
     try:
@@ -278,11 +343,12 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
         raise ConfigError(f"job file {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"job file {path}: expected keys and values (name: ..., script: ...), found {data!r}")
-    if (holds := _kind_in(data)) is not kind:
-        has = "one of" if holds is FleetJob else "none of"
+    if kind not in (holds := _kinds_in(data)):
+        has = "none of" if TrainingJob in holds else "one of"
+        names = ONLY_OF_A_GANG if GangJob in holds else ONLY_OF_MANY
         raise ConfigError(
-            f"job file {path}: it has {has} {', '.join(ONLY_OF_A_FLEET)}, so it is a {holds.__name__}, for "
-            f"python -m flows {COMMANDS[holds.__name__]}; use that, or write a {kind.__name__}"
+            f"job file {path}: it has {has} {', '.join(names)}, so it is a {holds[0].__name__}, for "
+            f"python -m flows {COMMANDS[holds[0].__name__]}; use that, or write a {kind.__name__}"
         )
     try:
         job = kind.model_validate(data)
@@ -291,12 +357,18 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
     return job.model_copy(update={"code": str((path.parent / job.code).resolve())})
 
 
-ONLY_OF_A_FLEET = ("machines", "spot_share", "kind")
-COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet"}
+ONLY_OF_MANY = ("machines", "spot_share", "kind")
+ONLY_OF_A_GANG = ("min_machines",)
+COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang"}
 
 
-def _kind_in(data: dict[str, Any]) -> type[Job]:
-    return FleetJob if any(key in data for key in ONLY_OF_A_FLEET) else TrainingJob
+def _kinds_in(data: dict[str, Any]) -> list[type[Job]]:
+    """What a file may be; `machines` alone are a fleet's or a gang's."""
+    if any(key in data for key in ONLY_OF_A_GANG):
+        return [GangJob]
+    if "kind" in data:
+        return [FleetJob]
+    return [FleetJob, GangJob] if any(key in data for key in ONLY_OF_MANY) else [TrainingJob]
 
 
 def validation_message(error: ValidationError) -> str:

@@ -136,6 +136,8 @@ def test_the_agent_s_orders_are_the_job_s(tmp_path: Path) -> None:
         "requirements": "",
         "container": "",
         "obstore": "",
+        "gang": False,
+        "processes_per_machine": 1,
     }
     assert orders(tmp_path, script="", module="pkg.train", args=["x"])["command"] == ["-m", "pkg.train", "x"]
     command = orders(tmp_path, script="", command=["./run.sh", "1"], args=["2"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.drivers.protocol import CapacityPool, ProvisioningModel
 from holdfast.ledger.billing import add_usd
@@ -159,7 +159,14 @@ class FleetState:
 
 def read_fleet_state(run_id: str, entries: Iterable[Entry]) -> FleetState:
     """Fold the journal. The same entries give the same state, whoever asks and when."""
-    state = FleetState(run_id)
+    return fold_fleet(FleetState(run_id), entries)
+
+
+AnyFleetState = TypeVar("AnyFleetState", bound=FleetState)
+
+
+def fold_fleet(state: AnyFleetState, entries: Iterable[Entry]) -> AnyFleetState:
+    """`state` with what the entries say of a fleet."""
     for entry in entries:
         fields = entry.fields
         match entry.kind:

@@ -76,9 +76,9 @@ def fleet_headline(summary: dict[str, Any]) -> str:
     )
 
 
-def fleet_to_markdown(summary: dict[str, Any]) -> str:
+def fleet_to_markdown(summary: dict[str, Any], headline: str = "") -> str:
     """The cost summary for people: the verdict, machines by outcome and model, the rounds, and the members."""
-    rows = [f"**{fleet_headline(summary)}**", ""]
+    rows = [f"**{headline or fleet_headline(summary)}**", ""]
     if summary["detail"]:
         rows += ["```", summary["detail"], "```", ""]
     outcomes = sorted({outcome for of_model in summary["outcomes"].values() for outcome in of_model})

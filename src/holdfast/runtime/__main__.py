@@ -1,17 +1,20 @@
 """`python -m holdfast.runtime FOLDER`: the agent, started by the machine's start-up script."""
 
+import json
 import logging
 import os
 import sys
 from pathlib import Path
 
 from holdfast.runtime.agent import Agent
+from holdfast.runtime.gang_agent import GangAgent
 
 logging.basicConfig(level=logging.INFO, format="holdfast: agent %(levelname)s %(message)s")
 work = Path(sys.argv[1])
 (work / "agent.pid").write_text(str(os.getpid()))
 try:
-    agent = Agent(work)
+    orders = json.loads((work / "agent.json").read_text())
+    agent = GangAgent(work) if orders.get("gang") else Agent(work)
 except Exception as error:
     with open(work / "boot.log", "a") as boot_log:  # what startup.sh reports: we have no store
         boot_log.write(f"{error}\n")

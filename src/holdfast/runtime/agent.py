@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -21,12 +22,13 @@ from typing import Any, TypeVar
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.clock import Clock, clock_from_environment
 from holdfast.errors import AlreadyExistsError, ConfigError, TransientError
-from holdfast.runtime import contract
+from holdfast.runtime import contract, torchrun
 from holdfast.runtime.environment import Image, Surroundings, obstore_for, prepare, provide_obstore
 from holdfast.runtime.fetch import cloud_time, read_times
 from holdfast.runtime.folders import FolderCheckpoints
 from holdfast.runtime.logs import LogShipper
 from holdfast.runtime.metadata import Notice, own_machine_id
+from holdfast.runtime.processes import kill_marked
 from holdfast.runtime.telemetry import Telemetry
 from holdfast.runtime.watchers import LeaseWatcher, NoticeWatcher
 from holdfast.storage import open_store
@@ -45,8 +47,12 @@ PREPARATION_SECONDS = 1800.0
 STRENGTH = {"rebalance": 1, "lease": 2, "shutdown": 2, "preemption": 3}
 
 
-class _Interrupted(Exception):
-    """The machine is to go, and the program has not begun."""
+COMMIT_SECONDS = 90.0
+"""A program that ended may have left a process behind that makes its last snapshot durable; it is given so long (wall)."""
+
+
+class Interrupted(Exception):
+    """The machine is to go, and no program runs; the words say why none did."""
 
 
 class Agent:
@@ -59,6 +65,8 @@ class Agent:
         self.run_id, self.attempt = environment[contract.RUN], int(environment[contract.ATTEMPT])
         self.obstore = provide_obstore(work, environment[contract.STORE], self.config.get("obstore", ""))
         self.store = open_store(environment[contract.STORE])
+        self.leased_attempt = self.attempt
+        """A lease of a later one ends this machine."""
         self.prefix = contract.attempt_prefix(self.run_id, self.attempt)
         self.end_key = self.prefix + "end.json"
         self.of_member: dict[str, str] = {}
@@ -67,27 +75,28 @@ class Agent:
             self.prefix = contract.member_prefix(self.run_id, member)
             self.end_key = contract.member_end_key(self.run_id, member)
             self.of_member = {contract.MEMBER: member, contract.RUN: contract.member_run(self.run_id, member)}
-        self.telemetry = Telemetry(work / "telemetry.jsonl")
         self.surroundings: Surroundings = Image(sys.executable)
         self._steps = 0
-        policy = CheckpointPolicy.from_json(environment.get(contract.CHECKPOINT_POLICY, "{}"))
-        self.folders = FolderCheckpoints(
-            work / "checkpoints",
-            self.store,
-            self.of_member.get(contract.RUN, self.run_id),
-            self.attempt,
-            policy,
-            self.clock,
-        )
+        self._expect_program("", self.of_member.get(contract.RUN, self.run_id), self.attempt)
         self.notice: Notice | None = None
         self._notice_lock = threading.Lock()
-        self._told_program = False
         self._was_heard = False
         self.program: subprocess.Popen[bytes] | None = None
         with contextlib.suppress(FileNotFoundError):
             for kind, wall in read_times(str(work / "boot.times")):
                 self.telemetry.add({"kind": kind, "at": cloud_time(wall)})
         self._mark("agent-started")
+
+    def _expect_program(self, mark: str, run_id: str, attempt: int) -> None:
+        """What a program that is to be started leaves behind, and is told by; `mark` tells it from an earlier one's."""
+        self.telemetry_file = self.work / f"telemetry{mark}.jsonl"
+        self.notice_file = self.work / f"notice{mark}.json"
+        self.telemetry = Telemetry(self.telemetry_file)
+        policy = CheckpointPolicy.from_json(os.environ.get(contract.CHECKPOINT_POLICY, "{}"))
+        folder = self.work / f"checkpoints{mark}"
+        self.folders = FolderCheckpoints(folder, self.store, run_id, attempt, policy, self.clock)
+        self.logs_prefix = f"{self.prefix}logs{mark}/"
+        self._told_program = False
 
     def run(self) -> None:
         """From the program's start to the machine's end. Never raises: what went wrong is in end.json."""
@@ -96,13 +105,9 @@ class Agent:
         try:
             self._watch()
             self._prepare()
-            logs = self._start_program()
-            self._accompany(logs)
-            self._end(logs)
-        except _Interrupted:
-            self._create_end(
-                {"outcome": "preempted", "exit_status": None, "log_tail": "the environment was not ready yet"}
-            )
+            self._carry_out()
+        except Interrupted as interruption:
+            self._create_end({"outcome": "preempted", "exit_status": None, "log_tail": str(interruption)})
         except ConfigError as error:  # another machine would meet the same: no whole checkpoint, a run of another kind
             log.error("the program can't be started: %s", error)
             self._create_end({"outcome": "program-failed", "exit_status": None, "log_tail": str(error)})
@@ -111,10 +116,21 @@ class Agent:
             self._kill_program()
             self._create_end({"outcome": "lost", "detail": f"the agent failed: {error!r}"})
 
+    def _carry_out(self) -> None:
+        logs = self._start_program(self._command())
+        self._accompany(logs)
+        self._create_end(self._end(logs))
+
+    def _command(self) -> list[str]:
+        """The program's arguments; Python's where it is a script or a module."""
+        program = self.config["command"]
+        processes = torchrun.processes_here(self.config.get("processes_per_machine", 1))
+        return program if processes == 1 else torchrun.standalone(processes, program)
+
     def _watch(self) -> None:
         NoticeWatcher(self.clock, self.config["notice_poll_seconds"], self.hear).start()
         LeaseWatcher(
-            self.store, self.run_id, self.attempt, self.clock, LEASE_POLL_SECONDS, self.hear, self._power_off
+            self.store, self.run_id, self.leased_attempt, self.clock, LEASE_POLL_SECONDS, self.hear, self._power_off
         ).start()
 
     def _prepare(self) -> None:
@@ -139,10 +155,7 @@ class Agent:
         give_up_at, next_beat = time.monotonic() + PREPARATION_SECONDS, 0.0
         try:
             while process.poll() is None:
-                notice = self.notice
-                if notice and notice.kind != "rebalance":
-                    self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
-                    raise _Interrupted
+                self._stop_if_noticed("the environment was not ready yet")
                 if time.monotonic() >= give_up_at:
                     raise ConfigError(f"{why}: it took longer than {PREPARATION_SECONDS:.0f} s\n{logs.tail()}")
                 if time.monotonic() >= next_beat:
@@ -159,12 +172,18 @@ class Agent:
         if process.returncode:
             raise ConfigError(f"{why}: {command[0]} ended with status {process.returncode}\n{logs.tail()}")
 
+    def _stop_if_noticed(self, where: str) -> None:
+        notice = self.notice
+        if notice and notice.kind != "rebalance":
+            self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
+            raise Interrupted(where)
+
     @property
     def _beat_every(self) -> float:
         """Wall seconds between heartbeats."""
         return max(HEARTBEAT_SECONDS / self.clock.speed, SHORTEST_HEARTBEAT_WALL_SECONDS)
 
-    def _start_program(self) -> LogShipper:
+    def _start_program(self, arguments: Sequence[str]) -> LogShipper:
         code = self.work / "code"
         libraries = [str(code), str(self.work / "lib")]
         if obstore := obstore_for(self.surroundings, self.work, self.obstore):
@@ -173,12 +192,12 @@ class Agent:
             **self.config["env"],
             **self._beating_during(self.folders.restore),
             **self.of_member,
-            contract.TELEMETRY: str(self.work / "telemetry.jsonl"),
-            contract.NOTICE: str(self.work / "notice.json"),
+            contract.TELEMETRY: str(self.telemetry_file),
+            contract.NOTICE: str(self.notice_file),
             "PYTHONPATH": os.pathsep.join(libraries),
             "PYTHONUNBUFFERED": "1",
         }
-        command, environment = self.surroundings.start(self.config["command"], self.config["python"], variables)
+        command, environment = self.surroundings.start(arguments, self.config["python"], variables)
         if self.folders.restored_step is not None:
             self._mark("resumed", step=self.folders.restored_step, checkpoint="folder", load_seconds=0.0)
         try:
@@ -197,7 +216,7 @@ class Agent:
             raise SystemExit(0) from None
         self._mark("program-started")
         assert self.program.stdout
-        return LogShipper(self.program.stdout, self.store, self.prefix + "logs/")
+        return LogShipper(self.program.stdout, self.store, self.logs_prefix)
 
     def _beating_during(self, call: Callable[[], T]) -> T:
         """What `call` returns. Moving a large folder takes longer than a machine may be silent."""
@@ -217,6 +236,7 @@ class Agent:
                 self.telemetry.add(event)
                 news = True
             self._pass_on_notice(logs)
+            self._look_around()
             if news or time.monotonic() >= next_beat:
                 with self._noting_refusals():
                     self._heartbeat()
@@ -226,16 +246,22 @@ class Agent:
                 self.program.wait(TICK_SECONDS)
         self._mark("program-ended")
 
+    def _look_around(self) -> None:
+        """Once in every round while the program runs."""
+
     def hear(self, notice: Notice) -> None:
         """Remember the strongest notice and show it to the program. Any thread may call."""
         with self._notice_lock:
             if self.notice and STRENGTH[self.notice.kind] >= STRENGTH[notice.kind]:
                 return
             self.notice = notice
-            staged = self.work / "notice.json.staged"
-            staged.write_text(json.dumps(notice.to_json()))
-            staged.replace(self.work / "notice.json")
+            self._show(notice)
         log.warning("notice kind=%s reclaim_at=%s", notice.kind, notice.reclaim_at)
+
+    def _show(self, notice: Notice) -> None:
+        staged = self.notice_file.with_suffix(".staged")
+        staged.write_text(json.dumps(notice.to_json()))
+        staged.replace(self.notice_file)
 
     def _hear_shutdown(self) -> None:
         # In a thread: this is a signal handler, and the lock may be held by the very thread it interrupted.
@@ -250,26 +276,32 @@ class Agent:
         if not self._told_program:
             self._told_program = True
             self._mark("notice", notice_kind=notice.kind, reclaim_at=notice.to_json()["reclaim_at"])
-            if not self.telemetry.attached:
-                self._signal_program(signal.SIGTERM)  # it does not read the notice file: say it the usual way
+            self._ask_program_to_leave()
             with self._noting_refusals():
                 self._heartbeat()
                 logs.ship_all()
         if notice.kind != "preemption" and notice.reclaim_at and now > notice.reclaim_at:
             self._kill_program()
 
-    def _end(self, logs: LogShipper) -> None:
+    def _end(self, logs: LogShipper) -> dict[str, Any]:
+        """Of a program that has ended: clear up behind it, commit what it left; how it ended."""
         assert self.program
-        status = self.program.returncode
-        self._kill_program()  # what it left behind in its group
+        self._beating_during(lambda: await_commits(self.work / contract.PERSISTING_LOCK, COMMIT_SECONDS))
+        self._kill_program()  # what it left behind
         self.telemetry.read()
         for event in self._beating_during(self.folders.finish):
             self.telemetry.add(event)
         with self._noting_refusals():
             logs.finish(seconds=1.0)
-        self._create_end({"outcome": self._outcome(status), "exit_status": status, "log_tail": logs.tail()})
+        status = self.program.returncode
+        return {"outcome": self._outcome(status), "exit_status": status, "log_tail": logs.tail()}
 
-    def _outcome(self, status: int) -> str:
+    def _ask_program_to_leave(self) -> None:
+        """One that is attached reads the notice file; to others it is said the usual way."""
+        if not self.telemetry.attached:
+            self._signal_program(signal.SIGTERM)
+
+    def _outcome(self, status: int) -> contract.Outcome:
         """Why the program ended. Its exit status alone does not say: many save on SIGTERM and leave with 0."""
         marks = self.telemetry.report["marks"]
         if status in (contract.EXIT_PREEMPTED_COMMITTED, contract.EXIT_PREEMPTED_UNCOMMITTED) or "preempting" in marks:
@@ -336,8 +368,26 @@ class Agent:
     def _kill_program(self) -> None:
         self.surroundings.kill()
         self._signal_program(signal.SIGKILL)
+        if self.program and torchrun.MODULE in self.program.args:
+            kill_marked(contract.TELEMETRY, str(self.telemetry_file))
 
     def _power_off(self) -> None:
         """The main thread did not end the machine in time: the start-up script does, when we are gone."""
         self._kill_program()
         os._exit(70)
+
+
+def await_commits(lock: Path, seconds: float) -> bool:
+    """Until no process is making a snapshot durable any more; False when one still is after so long."""
+    if not lock.exists():
+        return True
+    give_up_at = time.monotonic() + seconds
+    with open(lock, "ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > give_up_at:
+                    return False
+            time.sleep(TICK_SECONDS)

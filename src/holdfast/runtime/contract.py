@@ -9,7 +9,7 @@ from typing import Literal
 STORE = "HOLDFAST_STORE"  # URL of the object store
 RUN = "HOLDFAST_RUN"  # run id
 CLOUD = "HOLDFAST_CLOUD"  # name of the cloud that the machine is of
-ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits; 0: the machine is a fleet's
+ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits; 0: the machine is a fleet's or a gang's
 BUNDLE = "HOLDFAST_BUNDLE"  # URL of the bundle
 BUNDLE_SHA256 = "HOLDFAST_BUNDLE_SHA256"
 CONSOLE = "HOLDFAST_CONSOLE"  # file or device that outlives the machine; one line per trained step goes there
@@ -22,6 +22,9 @@ CHECKPOINT_POLICY = "HOLDFAST_CHECKPOINT"  # JSON of `CheckpointPolicy`
 CHECKPOINT_DIRECTORY = "HOLDFAST_CHECKPOINT_DIRECTORY"  # for programs that checkpoint by writing folders
 RESUME_DIRECTORY = "HOLDFAST_RESUME_DIRECTORY"  # the restored folder, unset when there is none
 RESUME_STEP = "HOLDFAST_RESUME_STEP"
+
+PERSISTING_LOCK = "persisting.lock"
+"""Beside the telemetry file: locked by every process that is making a snapshot durable."""
 
 FLEET_ATTEMPT = 0
 """All machines of a fleet are given the same words, so that no attempt's number tells them apart."""
@@ -63,6 +66,29 @@ def member_ends_prefix(run_id: str) -> str:
 
 def member_end_key(run_id: str, member: str) -> str:
     return f"{member_ends_prefix(run_id)}{member}.json"
+
+
+def gang_prefix(run_id: str) -> str:
+    return f"runs/{run_id}/gang/"
+
+
+def formation_key(run_id: str, number: int) -> str:
+    """Which members form, and where they meet; written by the orchestrator. The number is the attempt of their commits."""
+    return f"{gang_prefix(run_id)}{number:04d}/formation.json"
+
+
+def over_key(run_id: str, number: int) -> str:
+    """That a formation is over, and why; written by the orchestrator."""
+    return f"{gang_prefix(run_id)}{number:04d}/over.json"
+
+
+def ready_prefix(run_id: str, number: int) -> str:
+    """Members that are not in formation `number`, or not any more, and wait for the next."""
+    return f"{gang_prefix(run_id)}{number:04d}/ready/"
+
+
+def ready_key(run_id: str, number: int, member: str) -> str:
+    return f"{ready_prefix(run_id, number)}{member}.json"
 
 
 def checkpoint_prefix(run_id: str) -> str:

@@ -6,7 +6,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -45,6 +45,9 @@ class MetadataService(Protocol):
     def machine_id(self) -> str:
         """The id by which the cloud's API knows this machine. Raises as `notice` does."""
 
+    def address(self) -> str:
+        """Where other machines of its network reach this one. Raises as `notice` does."""
+
     def notice(self) -> Notice | None:
         """What is announced now. Raises OSError or http.client.HTTPException when the service can't be asked."""
 
@@ -66,6 +69,9 @@ class AwsMetadata:
 
     def machine_id(self) -> str:
         return _known(self._get("latest/meta-data/instance-id"), "instance-id")
+
+    def address(self) -> str:
+        return _known(self._get("latest/meta-data/local-ipv4"), "local-ipv4")
 
     def notice(self) -> Notice | None:
         if action := self._get("latest/meta-data/spot/instance-action"):
@@ -119,6 +125,9 @@ class GcpMetadata:
             return f"{name}.{_known(self._instance('id'), 'instance/id')}"
         return name
 
+    def address(self) -> str:
+        return _known(self._instance("network-interfaces/0/ip"), "instance/network-interfaces/0/ip")
+
     def _instance(self, path: str) -> str | None:
         path = f"computeMetadata/v1/instance/{path}"
         status, body, _ = _request(self._endpoint, "GET", path, {"Metadata-Flavor": "Google"})
@@ -162,15 +171,24 @@ def candidate_services(clock: Clock) -> Iterator[MetadataService]:
 
 def own_machine_id(clock: Clock, patience_seconds: float = 60.0) -> str:
     """This machine's id, of whichever service answers. Raises TransientError when none does for so long (wall)."""
+    return _told(clock, "id", lambda service: service.machine_id(), patience_seconds)
+
+
+def own_address(clock: Clock, patience_seconds: float = 60.0) -> str:
+    """The same for its address among the machines of its network."""
+    return _told(clock, "address", lambda service: service.address(), patience_seconds)
+
+
+def _told(clock: Clock, what: str, ask: Callable[[MetadataService], str], patience_seconds: float) -> str:
     give_up_at = time.monotonic() + patience_seconds
     while True:
         for service in candidate_services(clock):
             try:
-                return service.machine_id()
+                return ask(service)
             except (OSError, http.client.HTTPException) as error:
                 problem = error
         if time.monotonic() > give_up_at:
-            raise TransientError(f"no metadata service tells this machine's id: {problem!r}") from problem
+            raise TransientError(f"no metadata service tells this machine's {what}: {problem!r}") from problem
         time.sleep(1.0)
 
 

@@ -19,6 +19,7 @@ class Telemetry:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_EVENTS)
         self.events_total = 0
         self.attached = False
+        self._late_step: int | None = None
         self.report: dict[str, Any] = {
             "phase": "starting",
             "step": None,
@@ -66,6 +67,9 @@ class Telemetry:
             case "commit-failed":
                 report.update(commit_failures=report["commit_failures"] + 1, not_durable_step=event["step"])
             case "commit-late":
+                if event["step"] == self._late_step:
+                    return  # told at every further try; it is one save
+                self._late_step = event["step"]
                 report.update(late_commits=report["late_commits"] + 1, not_durable_step=event["step"])
             case "damaged":
                 report["damaged"].append({"checkpoint": event["checkpoint"], "error": event["error"]})

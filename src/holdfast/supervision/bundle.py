@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import holdfast
 from holdfast.errors import AlreadyExistsError, ConfigError
-from holdfast.model import Job
+from holdfast.model import GangJob, Job, TrainingJob
 from holdfast.runtime.fetch import object_url
 from holdfast.storage import ObjectStore
 
@@ -117,6 +117,8 @@ def _agent_orders(job: Job, vendored: Vendored | None) -> dict[str, object]:
         "notice_poll_seconds": job.notice_poll_seconds,
         "requirements": job.environment.requirements,
         "container": job.environment.container,
+        "gang": isinstance(job, GangJob),
+        "processes_per_machine": job.processes_per_machine if isinstance(job, TrainingJob | GangJob) else 1,
         "obstore": vendored.version if vendored else "",
     }
 

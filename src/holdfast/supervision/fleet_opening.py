@@ -5,16 +5,17 @@ from __future__ import annotations
 from holdfast.drivers.protocol import Driver
 from holdfast.errors import ConfigError
 from holdfast.ledger.budget import Budget, BudgetLedger
-from holdfast.model import FleetJob
+from holdfast.model import FleetJob, GangJob
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.storage import ObjectStore
 from holdfast.supervision.fleet_run import IDENTITY, FleetRun, fleet_fingerprint
-from holdfast.supervision.opening import RUN_ID
+from holdfast.supervision.gang_run import GangRun
+from holdfast.supervision.opening import RUN_ID, refuse_what_others_left
 from holdfast.supervision.preflight import check_job, check_store
 
 
 def open_fleet_run(
-    job: FleetJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
+    job: FleetJob | GangJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
 ) -> FleetRun:
     """Check everything that can be wrong, then return the run, to be entered. Nothing is launched or written before.
 
@@ -25,9 +26,12 @@ def open_fleet_run(
         raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
     check_store(store)
     check_job(job, driver)
-    run = FleetRun(job, driver, store, budget, run_id)
+    kind = GangRun if isinstance(job, GangJob) else FleetRun
+    run = kind(job, driver, store, budget, run_id)
     state = run.read()
     if state.state == "new":
+        if isinstance(job, GangJob):
+            refuse_what_others_left(store, run_id)
         _refuse_what_can_not_begin(run, budget)
     elif state.fingerprint != fleet_fingerprint(job):
         raise ConfigError(_difference(run))
@@ -70,9 +74,9 @@ def refuse_missing_accounts(run_id: str, driver: Driver, used: list[str]) -> Non
 def _difference(run: FleetRun) -> str:
     before, now = run.state.job, run.job.model_dump(mode="json")
     for name in IDENTITY:
-        if before.get(name) != now[name]:
+        if before.get(name) != now.get(name):
             return (
                 f"run_id {run.run_id!r} belongs to another job: its {name} is {before.get(name)!r}, this one's is "
-                f"{now[name]!r}; use another run_id, or another store"
+                f"{now.get(name)!r}; use another run_id, or another store"
             )
     return f"run_id {run.run_id!r} belongs to another job; use another"

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any, Self
 
 from holdfast.drivers.protocol import Driver, FleetRequest, Machine, Offer, PricePoint
 from holdfast.drivers.several import SomeOffers
@@ -25,8 +26,9 @@ from holdfast.errors import (
 from holdfast.ledger.billing import TERMS, add_usd, bill, round_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.fleet_state import TAKEN, UNFINISHED, FleetState, Member, Round, read_fleet_state
+from holdfast.ledger.fleet_summary import fleet_headline, fleet_to_markdown, summarise_fleet
 from holdfast.ledger.journal import Entry
-from holdfast.model import FleetJob
+from holdfast.model import FleetJob, GangJob
 from holdfast.placement.fleet_policy import FleetSituation, LaunchRound, PastRound, decide_round
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.runtime import contract
@@ -49,7 +51,9 @@ IDENTITY = ("name", "script", "module", "command", "args", "env", "kind")
 class FleetRun(Run[FleetState]):
     """Made by `open_fleet_run` (fleet_opening.py); a context manager that gives the run back, whatever happens."""
 
-    def __init__(self, job: FleetJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str) -> None:
+    def __init__(
+        self, job: FleetJob | GangJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str
+    ) -> None:
         self.job = job
         self._bundle: Bundle | None = None
         self._watch: FleetWatch | None = None
@@ -64,7 +68,7 @@ class FleetRun(Run[FleetState]):
     def fingerprint(self) -> str:
         return fleet_fingerprint(self.job)
 
-    def __enter__(self) -> FleetRun:
+    def __enter__(self) -> Self:
         super().__enter__()
         if self.state.living or self.state.open_round:
             self._keep_alive()
@@ -119,10 +123,9 @@ class FleetRun(Run[FleetState]):
         are used up, TransientError when the cloud does not tell its offers.
         """
         state = self.state
-        failures = state.unfinished("program-failed")
+        failures = self.program_failures
         if len(failures) > self.job.max_program_failures:
-            last = failures[-1]
-            raise ProgramFailedError(f"machine {last.machine} ({last.pool}): {last.detail}")
+            raise ProgramFailedError(failures[-1])
         if state.asked_to_end:
             if state.asked_to_end[0] == "over-budget" and not self.maintained and not state.living:
                 raise OverBudgetError(f"{state.asked_to_end[1]}; raise it to go on")
@@ -131,11 +134,17 @@ class FleetRun(Run[FleetState]):
             return None  # the cloud replaces by itself
         return self._with_credentials(self._decide)
 
+    @property
+    def program_failures(self) -> list[str]:
+        """Of the present opening: where, and the last lines."""
+        failures = self.state.unfinished("program-failed")
+        return [f"machine {one.machine} ({one.pool}): {one.detail}" for one in failures]
+
     def _decide(self) -> LaunchRound | Wait | GiveUp | None:
         offers = self.driver.offers()
         missing = offers.missing if isinstance(offers, SomeOffers) else None
         try:
-            decision = decide_round(self._situation(fitting_offers(self.job.resources, offers)))
+            decision = decide_round(self._situation(self._fitting(offers)))
         except ConfigError:
             if missing:
                 raise missing from None
@@ -143,6 +152,9 @@ class FleetRun(Run[FleetState]):
         if isinstance(decision, GiveUp) and missing and not self._replacements_used_up():
             raise missing
         return decision
+
+    def _fitting(self, offers: Sequence[Offer]) -> Sequence[Offer]:
+        return fitting_offers(self.job.resources, offers)
 
     def _replacements_used_up(self) -> bool:
         refusals = sum(one.refusal is not None for one in self._rounds())
@@ -156,7 +168,7 @@ class FleetRun(Run[FleetState]):
             rounds=[past_round(one) for one in self._rounds() if one.answered_at],
             machines=self.job.machines,
             spot_share=self.job.spot_share,
-            filled=Counter(member.model for member in [*state.living, *state.ended("finished")]),
+            filled=Counter(member.model for member in self.filled),
             replaced=len(state.unfinished(*UNFINISHED)),
             max_replacements=self.job.max_replacements,
             restart_seconds=FIRST_GUESS_RESTART_SECONDS,
@@ -164,12 +176,17 @@ class FleetRun(Run[FleetState]):
         )
 
     @property
+    def filled(self) -> list[Member]:
+        """Who has a place: a machine that runs, and one that has done its work."""
+        return [*self.state.living, *self.state.ended("finished")]
+
+    @property
     def missing(self) -> int:
-        """Places that no machine has, nor one that has done its work."""
+        """Places that are empty."""
         state = self.state
         if state.asked_to_end or (self.maintained and any(past.members for past in self._rounds())):
             return 0
-        return max(0, self.job.machines - len(state.living) - len(state.ended("finished")))
+        return max(0, self.job.machines - len(self.filled))
 
     def _rounds(self) -> list[Round]:
         """Those of the present opening."""
@@ -271,8 +288,11 @@ class FleetRun(Run[FleetState]):
 
         `until`: empty places are not to be filled before.
         """
-        self._watch = self._watch or FleetWatch(self)
+        self._watch = self._watch or self._new_watch()
         yield from self._watch.updates(until)
+
+    def _new_watch(self) -> FleetWatch:
+        return FleetWatch(self)
 
     def ask_to_stop(self, outcome: contract.Outcome, why: str, grace_seconds: float) -> None:
         """Let every machine end itself; the journal remembers why, whoever sees their ends."""
@@ -376,7 +396,7 @@ class FleetRun(Run[FleetState]):
         if self.taken:
             raise self._taken_error()
         self._end_maintained()
-        self._watch = self._watch or FleetWatch(self)
+        self._watch = self._watch or self._new_watch()
         if self._asked_for:
             # Machines that are shown later than `end_all` waits are told by their lease, which they read first of all.
             self._ask_to_stop_at_once(outcome)
@@ -395,6 +415,18 @@ class FleetRun(Run[FleetState]):
         if self.maintained:
             for asked in self.state.rounds:
                 self.patiently(lambda asked=asked: self.driver.end_fleet(asked.token, asked.region))
+
+    # -- the summary ----------------------------------------------------------------------------------------------------
+
+    def summarise(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return summarise_fleet(self.state)
+
+    def headline(self, summary: Mapping[str, Any]) -> str:
+        return fleet_headline(dict(summary))
+
+    def to_markdown(self, summary: Mapping[str, Any]) -> str:
+        return fleet_to_markdown(dict(summary))
 
     # -- the rest -----------------------------------------------------------------------------------------------------
 
@@ -423,6 +455,10 @@ class FleetRun(Run[FleetState]):
     def _budget_token(self, opening: int) -> str:
         return f"{self.run_id}-{opening:04d}"
 
+    def _more_environment(self) -> dict[str, str]:
+        """Of the machines, in a kind of fleet that tells them more."""
+        return {}
+
     def _fleet_request(self, asked: Round) -> FleetRequest:
         if self._bundle is None:
             self._bundle = upload_bundle(self.job, self.store, self.run_id)
@@ -434,6 +470,7 @@ class FleetRun(Run[FleetState]):
             contract.ATTEMPT: str(contract.FLEET_ATTEMPT),
             contract.BUNDLE: self._bundle.url,
             contract.BUNDLE_SHA256: self._bundle.sha256,
+            **self._more_environment(),
         }
         return FleetRequest(
             token=asked.token,
@@ -456,7 +493,7 @@ class FleetRun(Run[FleetState]):
         )
 
 
-def fleet_fingerprint(job: FleetJob) -> str:
+def fleet_fingerprint(job: FleetJob | GangJob) -> str:
     identity = job.model_dump(mode="json", include=set(IDENTITY))
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -116,7 +116,7 @@ class FleetWatch:
 
     def _is_to_decide(self, until: datetime | None, missing_before: int) -> bool:
         run, state = self.run, self.run.state
-        if run.complete or len(state.unfinished("program-failed")) > run.job.max_program_failures:
+        if run.complete or len(run.program_failures) > run.job.max_program_failures:
             return True
         if state.asked_to_end:
             return not state.living
@@ -136,6 +136,7 @@ class FleetWatch:
             yield from self._record(machines)
             if self.ending is None:
                 yield from self._act(machines)
+                yield from self._lead(machines)
         except CredentialsError as error:
             if run.warn(f"waited for credentials: {error}"):
                 yield self.run.update("warned", f"waiting for credentials: {error}")
@@ -269,6 +270,10 @@ class FleetWatch:
             return json.loads(self.run.store.get(key))
         except NotFoundError:
             return None
+
+    def _lead(self, machines: dict[str, Machine]) -> Iterator[Update]:
+        """What is to be done for members that work together; a fleet's do not."""
+        yield from ()
 
     # -- why a member ended -------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def open_run(
     run = TrainingRun(job, driver, store, budget, run_id, offers)
     state = run.read()
     if state.state == "new":
-        _refuse_what_others_left(store, run_id)
+        refuse_what_others_left(store, run_id)
         _refuse_small_budget(run, budget)
     elif state.fingerprint != fingerprint(job):
         raise ConfigError(_difference(state.job, job, run_id))
@@ -42,7 +42,7 @@ def open_run(
     return run
 
 
-def _refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
+def refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
     if store.list(checkpoint_prefix(run_id)):
         raise ConfigError(
             f"store: {store.url!r} holds checkpoints under run id {run_id!r} that no journal explains: they are another "

@@ -16,6 +16,8 @@ UpdateKind = Literal[
     "notice",
     "preempted",
     "ended",
+    "formed",
+    "dissolved",
     "warned",
     "progress",
 ]

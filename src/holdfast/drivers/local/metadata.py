@@ -19,6 +19,8 @@ GCP_PREFIX = "/computeMetadata/v1/"
 TOKEN_TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER = "X-aws-ec2-metadata-token"
 ROLE = "holdfast-machine"
+LOOPBACK = "127.0.0.1"
+"""All machines of this cloud are one computer; only their ports differ."""
 GCP_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 
@@ -51,7 +53,7 @@ class Facts:
 def serve(facts: Facts) -> ThreadingHTTPServer:
     """Answer on an ephemeral port of loopback, from threads of its own."""
     handler = type("Handler", (AwsHandler if facts.dialect == "aws" else GcpHandler,), {"facts": facts, "tokens": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer((LOOPBACK, 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="metadata", daemon=True).start()
     return server
@@ -102,6 +104,8 @@ class AwsHandler(_Handler):
                 return facts.machine_id
             case "instance-type":
                 return facts.instance_type
+            case "local-ipv4":
+                return LOOPBACK
             case "placement/availability-zone":
                 return facts.zone
             case "placement/region":
@@ -181,6 +185,8 @@ class GcpHandler(_Handler):
                 return f"projects/0/zones/{facts.zone}"
             case ["instance", "machine-type"]:
                 return f"projects/0/machineTypes/{facts.instance_type}"
+            case ["instance", "network-interfaces", "0", "ip"]:
+                return LOOPBACK
             case ["instance", "preempted"]:
                 return "TRUE" if facts.reclaim_at else "FALSE"
             case ["instance", "attributes", name]:

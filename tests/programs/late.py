@@ -22,4 +22,5 @@ for step in run.steps(100):
     if step == 20:
         tell("commit-failed", step=10, error="the disk is full")
         tell("commit-late", step=20, seconds=75.0, budget_seconds=60.0)
-        tell("commit-skipped", step=20, reason="12 GB do not fit the 30 s that are left")
+        tell("commit-late", step=20, seconds=90.0, budget_seconds=60.0)  # the same save, tried again
+        tell("notice-skipped", step=20, reason="12 GB do not fit the 30 s that are left")

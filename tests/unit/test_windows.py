@@ -56,9 +56,11 @@ def job(folder: Path, name: str = "gpt") -> TrainingJob:
     return TrainingJob(name=name, script="train.py", code=str(folder))
 
 
-def stored(store: DirectoryStore, run_id: str, name: str, sizes: dict[int, int], complete: bool = True) -> None:
+def stored(
+    store: DirectoryStore, run_id: str, name: str, sizes: dict[int, int], complete: bool = True, day: int = 1
+) -> None:
     """Checkpoints of a run of the job of that name: bytes by step."""
-    first = {"kind": "run-started", "at": "2026-11-01T12:00:00+00:00", "job": {"name": name}}
+    first = {"kind": "run-started", "at": f"2026-11-{day:02d}T12:00:00+00:00", "job": {"name": name}}
     DirectoryStore.put(store, f"{journal_prefix(run_id)}000001.json", json.dumps(first).encode())
     for step, size in sizes.items():
         prefix = f"{checkpoint_prefix(run_id)}{CheckpointId(1, step)}/"
@@ -124,14 +126,14 @@ def test_checkpoints_too_large_for_a_window_are_a_warning_with_the_interval_that
 def test_the_newest_complete_checkpoint_of_the_job_s_own_runs_counts(folder: Path) -> None:
     store = DirectoryStore(folder / "store")
     assert last_checkpoint(store, "gpt") is None
-    stored(store, "gpt-20261101-120000", "gpt", {100: 10, 200: 20})
-    stored(store, "gpt-20261102-120000", "gpt", {10: 30, 20: 40})
-    stored(store, "gpt-20261103-120000", "gpt", {10: 50}, complete=False)
-    stored(store, "gpt-large-20261104-120000", "gpt-large", {10: 60})
-    stored(store, "other-20261105-120000", "other", {10: 70})
+    stored(store, "gpt-fe", "gpt", {100: 10, 200: 20}, day=1)
+    stored(store, "gpt-2a", "gpt", {10: 30, 20: 40}, day=2)
+    stored(store, "gpt-2b", "gpt", {10: 50}, complete=False, day=3)
+    stored(store, "gpt-large-1", "gpt-large", {10: 60}, day=4)
+    stored(store, "other", "other", {10: 70}, day=5)
     known = last_checkpoint(store, "gpt")
     assert known
-    assert (known.run_id, known.name, known.size_bytes) == ("gpt-20261102-120000", "0001-000000000020", 40)
+    assert (known.run_id, known.name, known.size_bytes) == ("gpt-2a", "0001-000000000020", 40)
     large = last_checkpoint(store, "gpt-large")
     assert large and large.size_bytes == 60
 

@@ -185,7 +185,7 @@ class _Watch:
                     self.warned_of_commits.add(event["kind"])
                     self.run.warn(f"attempt {self.attempt.number}: {text}")
                 yield self._update("warned", text, event)
-            case "commit-skipped":
+            case "notice-skipped":
                 if self.run.warn(f"attempt {self.attempt.number}: {event['reason']}"):
                     yield self._update("warned", event["reason"], event)
 

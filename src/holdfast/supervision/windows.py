@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
 from holdfast.checkpoint.planner import WINDOWS_SECONDS, size_text, window_bytes, window_warning
 from holdfast.drivers.protocol import Finding
@@ -75,27 +76,27 @@ def upload_bytes_per_second(store: ObjectStore) -> float:
 
 
 def last_checkpoint(store: ObjectStore, job_name: str) -> KnownCheckpoint | None:
-    """The newest of the job's runs that have the names we give them, which end with their time."""
+    """The newest one of the run that was begun last, of those whose id begins with the job's name."""
     sizes: dict[tuple[str, str], int] = {}
-    complete = set()
+    complete: dict[str, list[str]] = {}
     for info in store.list(f"runs/{job_name}"):
         if match := CHECKPOINT_KEY.fullmatch(info.key):
             run_id, name, part = match.groups()
             sizes[run_id, name] = sizes.get((run_id, name), 0) + info.size_bytes
             if part == "manifest.json":
-                complete.add((run_id, name))
-    is_ours: dict[str, bool] = {}
-    for run_id, name in sorted(complete, reverse=True):
-        if run_id not in is_ours:
-            is_ours[run_id] = _job_of(store, run_id) == job_name
-        if is_ours[run_id]:
-            return KnownCheckpoint(run_id, name, sizes[run_id, name])
-    return None
+                complete.setdefault(run_id, []).append(name)
+    begun = {run_id: at for run_id in complete if (at := _begun_at(store, run_id, job_name))}
+    if not begun:
+        return None
+    run_id = max(begun, key=lambda run_id: begun[run_id])
+    name = max(complete[run_id])
+    return KnownCheckpoint(run_id, name, sizes[run_id, name])
 
 
-def _job_of(store: ObjectStore, run_id: str) -> str:
-    """Names may begin alike: the run's journal knows whose it is."""
+def _begun_at(store: ObjectStore, run_id: str, job_name: str) -> datetime | None:
+    """None for another job's run: names may begin alike, and the run's journal knows whose it is."""
     try:
-        return json.loads(store.get(f"{journal_prefix(run_id)}000001.json"))["job"]["name"]
+        first = json.loads(store.get(f"{journal_prefix(run_id)}000001.json"))
+        return datetime.fromisoformat(first["at"]) if first["job"]["name"] == job_name else None
     except (NotFoundError, ValueError, KeyError, TypeError):
-        return ""
+        return None

@@ -28,6 +28,9 @@ NEVER_FALL_BACK = 10_000
 NOTICE_POLL_SECONDS = 0.1
 """A short job would be over before its own poll heard the notice; the verdict adds the job's poll to the flush."""
 
+REHEARSED_NOTICE_SECONDS = 10.0
+"""A real one of 120 s would outlast a short job: it would train on to its end."""
+
 Preemption = Literal["notice", "no-notice", "during-commit"]
 
 
@@ -75,7 +78,7 @@ def turns(kinds: list[Preemption], preemptions: int) -> list[Preemption]:
 def fate(kind: Preemption, step: int) -> Fate:
     if kind == "during-commit":
         return Fate(in_phase="commit", after_step=max(1, step), notice=False)
-    return Fate(at_step=max(1, step), notice=kind == "notice")
+    return Fate(at_step=max(1, step), notice=kind == "notice", notice_seconds=REHEARSED_NOTICE_SECONDS)
 
 
 def rehearsal_run(job: TrainingJob, folder: Path, run_id: str, fates: list[Fate]) -> TrainingRun:

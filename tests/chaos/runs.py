@@ -44,6 +44,10 @@ def light_job(folder: Path, name: str = "light", steps: int = 100, **changes: An
 
 
 def cloud(folder: Path, fates: list[Fate], name: str = "cloud", **changes: Any) -> LocalDriver:
+    """Its notices leave time for one commit: with the 30 or 120 s of a real one a short job would be finished."""
+    fates = [
+        fate if fate.notice_seconds is not None else fate.model_copy(update={"notice_seconds": 2.0}) for fate in fates
+    ]
     return LocalDriver(LocalCloudConfig(root=folder / name, market=ScriptedMarket(spot=fates), **changes))
 
 

@@ -47,6 +47,9 @@ class FailingStore:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         return self._pass_on("get_range", key, start, length)
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        return self._pass_on("read_into", key, start, buffer)
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         return self._pass_on("list", prefix)
 

@@ -84,7 +84,7 @@ def test_a_manifest_says_size_and_checksum_of_every_object(store: DirectoryStore
     manifest = json.loads(store.get(f"{PREFIX}0001-000000000005/manifest.json"))
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert manifest["objects"] == {"a": {"size_bytes": 3, "sha256": sha256}}
-    assert (manifest["kind"], manifest["step"], manifest["format_version"]) == ("state", 5, 1)
+    assert (manifest["kind"], manifest["step"], manifest["format_version"]) == ("state", 5, 2)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
@@ -180,8 +180,8 @@ def test_no_checkpoint_at_all_is_a_fresh_start(store: DirectoryStore) -> None:
 
 def test_a_checkpoint_of_a_newer_holdfast_is_not_called_damaged(store: DirectoryStore) -> None:
     commit(store, CheckpointId(1, 10))
-    store.put(f"{PREFIX}0001-000000000020/manifest.json", b'{"format_version": 2, "objects": {}}')
-    with pytest.raises(ConfigError, match="has format 2"):
+    store.put(f"{PREFIX}0001-000000000020/manifest.json", b'{"format_version": 3, "objects": {}}')
+    with pytest.raises(ConfigError, match="has format 3"):
         load(store)
 
 

@@ -1,10 +1,12 @@
-"""The background thread: the newest snapshot is what becomes durable, and a failing store harms nothing that is."""
+"""The persist process's work: the newest snapshot is what becomes durable, and a failing store harms nothing that is."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
-from holdfast.checkpoint.committer import Committer, Snapshot
+from holdfast.checkpoint.loading import StateContent
+from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
-from holdfast.checkpoint.reader import STATE, list_checkpoints, read_metrics
+from holdfast.checkpoint.reader import list_checkpoints, read_metrics
 from holdfast.checkpoint.reporting import Reporter, Surroundings
-from holdfast.checkpoint.tensors import decode
-from holdfast.clock import WallClock
-from holdfast.runtime.contract import lease_key, metrics_prefix
+from holdfast.checkpoint.slots import Slot
+from holdfast.checkpoint.snapshot import Snapshot, Snapshots
+from holdfast.checkpoint.state import TrainingState
+from holdfast.runtime.contract import lease_key
 from holdfast.storage import DirectoryStore, ObjectStore
 from tests.unit.failing_store import FailingStore, unreachable
 
@@ -31,7 +35,7 @@ def store(tmp_path: Path) -> DirectoryStore:
 
 
 class Telemetry:
-    """What the committer tells, read back."""
+    """What the persist process tells, read back."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.path = tmp_path / "telemetry.jsonl"
@@ -64,19 +68,82 @@ def telemetry(tmp_path: Path) -> Telemetry:
     return Telemetry(tmp_path)
 
 
-def committer(store: ObjectStore, telemetry: Telemetry, attempt: int = 1, keep: int = 3, parent=None) -> Committer:
-    return Committer(store, "run", attempt, keep, telemetry.reporter, WallClock(), parent)
+class Saving:
+    """A state of four numbers that are its step, real snapshots of it in shared memory, and a persister in a thread."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        telemetry: Telemetry,
+        attempt: int = 1,
+        keep: int = 3,
+        parent: CheckpointId | None = None,
+        budget_seconds: float = 600.0,
+        slots: int = 2,
+    ) -> None:
+        self.user: dict[str, Any] = {"weights": torch.zeros(4)}
+        self.told: list[dict[str, Any]] = []
+        self.changed = threading.Condition()
+        self.slots: list[Slot] = []
+        self.snapshots = Snapshots(TrainingState({}, self.user), self._offer, self._renew, slots)
+        self.persister = Persister(
+            store=store,
+            run_id="run",
+            attempt=attempt,
+            orders=Orders(Ranks(), keep, budget_seconds, parent),
+            reporter=telemetry.reporter,
+            speed=1.0,
+            tell=self._hear,
+        )
+        self.thread = threading.Thread(target=self.persister.work, daemon=True)
+        self.thread.start()
+
+    def save(self, step: int, folder: Path | None = None, metrics: dict[int, float] | None = None) -> Snapshot | None:
+        self.user["weights"].fill_(float(step))
+        words = {"run": "run", "metrics": [[at, {"loss": loss}] for at, loss in (metrics or {}).items()]}
+        return self.snapshots.take(step, words, folder)
+
+    def wait(self, step: int, seconds: float = LONG) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: self.committed_step >= step or self.persister.fenced, seconds) and (
+                self.committed_step >= step
+            )
+
+    @property
+    def committed_step(self) -> int:
+        return max((message["step"] for message in self.told if message["kind"] == "committed"), default=-1)
+
+    def _renew(self, slots: list[Slot]) -> None:
+        # As the persist process has them: the same memory, locks of its own.
+        import os
+
+        self.theirs = [Slot(os.dup(slot.fileno()), slot.capacity_bytes) for slot in slots]
+        self.slots = slots
+
+    def _offer(self, snapshot: Snapshot) -> None:
+        slot = self.theirs[self.slots.index(snapshot.slot)]
+        self.persister.offer(
+            Offer(snapshot.number, slot, snapshot.step, snapshot.began, snapshot.hold_seconds, snapshot.folder)
+        )
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        with self.changed:
+            self.told.append(message)
+            self.changed.notify_all()
 
 
-def snapshot(step: int, folder: Path | None = None) -> Snapshot:
-    return Snapshot(
-        step=step,
-        tree={"user": step},
-        tensors={"weights": torch.full((4,), float(step))},
-        folder=folder,
-        metadata={"step": step},
-        seconds=0.25,
-    )
+@pytest.fixture
+def saving() -> Iterator[Any]:
+    made: list[Saving] = []
+
+    def make(*arguments: Any, **options: Any) -> Saving:
+        made.append(Saving(*arguments, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.persister.orphan()
+        one.thread.join(LONG)
 
 
 class Gate:
@@ -96,141 +163,232 @@ def committed(store: ObjectStore) -> list[CheckpointId]:
     return Checkpoints(store, "run").committed()
 
 
-def test_what_was_offered_becomes_durable_to_the_bit(store: DirectoryStore, telemetry: Telemetry) -> None:
-    made = committer(store, telemetry)
-    made.offer(snapshot(10))
-    assert made.wait(10, LONG)
-    checkpoints, (checkpoint,) = Checkpoints(store, "run"), committed(store)
-    state = decode(checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), STATE))
-    assert torch.equal(state["weights"], torch.full((4,), 10.0))
+def content(store: ObjectStore, checkpoint: CheckpointId) -> dict[str, Any]:
+    checkpoints = Checkpoints(store, "run")
+    return StateContent(checkpoints, checkpoint, checkpoints.manifest(checkpoint)).read({})
+
+
+def test_what_was_offered_becomes_durable_to_the_bit(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
+    made = saving(store, telemetry)
+    made.save(10)
+    assert made.wait(10)
+    (checkpoint,) = committed(store)
+    assert torch.equal(content(store, checkpoint)["user.weights"], torch.full((4,), 10.0))
     event = telemetry.told("committed")[0]
-    assert (event["step"], event["snapshot_seconds"], made.committed_step) == (10, 0.25, 10)
+    assert event["step"] == 10 and 0 < event["snapshot_seconds"] <= event["wall_durable_seconds"]
     assert event["bytes"] == sum(info.size_bytes for info in list_checkpoints(store, "run"))
 
 
 def test_a_waiting_snapshot_is_dropped_for_a_newer_one(
-    store: DirectoryStore, telemetry: Telemetry, tmp_path: Path
+    store: DirectoryStore, telemetry: Telemetry, tmp_path: Path, saving: Any
 ) -> None:
     """The first is being written; of the three that come meanwhile, only the newest is."""
     gate = Gate()
-    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry)
     dropped = tmp_path / "copy"
     dropped.mkdir()
-    made.offer(snapshot(10))
+    made.save(10)
     assert gate.reached.wait(LONG)
-    for later in (snapshot(20, dropped), snapshot(30), snapshot(40)):
-        made.offer(later)
+    for step, folder in ((20, dropped), (30, None), (40, None)):
+        assert made.save(step, folder)
     gate.open.set()
-    assert made.wait(40, LONG)
+    assert made.wait(40)
     assert committed(store) == [CheckpointId(1, 10), CheckpointId(1, 40)]
+    assert torch.equal(content(store, CheckpointId(1, 10))["user.weights"], torch.full((4,), 10.0))
     assert not dropped.exists()  # its copy of the folder takes no room any more
 
 
-def test_waiting_for_a_step_ends_when_the_window_does(store: DirectoryStore, telemetry: Telemetry) -> None:
+def test_with_one_slot_a_save_waits_for_the_one_before(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
+) -> None:
     gate = Gate()
-    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
-    made.offer(snapshot(10))
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry, slots=1)
+    made.save(10)
     assert gate.reached.wait(LONG)
+    assert made.save(20) is None
+    gate.open.set()
+    assert made.wait(10)
+    while made.save(30) is None:  # it is told of before the slot is given back
+        time.sleep(0.001)
+    assert made.wait(30)
+
+
+def test_waiting_for_a_step_ends_when_the_window_does(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
+    gate = Gate()
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry)
+    made.save(10)
     assert not made.wait(10, 0.05)
     gate.open.set()
-    assert made.wait(10, LONG)
+    assert made.wait(10)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
 def test_a_store_that_fails_at_any_call_is_asked_again_and_harms_no_earlier_checkpoint(
-    store: DirectoryStore, telemetry: Telemetry, at: int
+    store: DirectoryStore, telemetry: Telemetry, at: int, saving: Any
 ) -> None:
     """Six calls make a commit: two for who is fencing whom, metrics, two objects, manifest."""
-    first = committer(store, telemetry)
-    first.offer(snapshot(10))
-    assert first.wait(10, LONG)
+    first = saving(store, telemetry)
+    first.save(10)
+    assert first.wait(10)
     gate = Gate(fail=True)
-    made = committer(FailingStore(store, at=[at], fail=gate, half=True), telemetry, parent=CheckpointId(1, 10))
-    made.add_metrics(20, {"loss": 0.5})
-    made.offer(snapshot(20))
+    made = saving(FailingStore(store, at=[at], fail=gate, half=True), telemetry, parent=CheckpointId(1, 10))
+    made.save(20, metrics={20: 0.5})
     assert gate.reached.wait(LONG)
     assert [info.problem for info in list_checkpoints(store, "run")] == [""]
     gate.open.set()
-    assert made.wait(20, LONG)
+    assert made.wait(20)
     assert committed(store) == [CheckpointId(1, 10), CheckpointId(1, 20)]
     assert read_metrics(store, "run") == {20: {"loss": 0.5}}
     (failure,) = telemetry.events("commit-failed")
     assert failure["step"] == 20 and "the store does not answer" in failure["error"]
 
 
-def test_after_a_failure_a_newer_snapshot_goes_first(store: DirectoryStore, telemetry: Telemetry) -> None:
+def test_after_a_failure_a_newer_snapshot_goes_first(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
     gate = Gate(fail=True)
-    made = committer(FailingStore(store, at=[3], fail=gate), telemetry)
-    made.offer(snapshot(10))
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry)
+    made.save(10)
     assert gate.reached.wait(LONG)
-    made.offer(snapshot(20))
+    made.save(20)
     gate.open.set()
-    assert made.wait(20, LONG)
+    assert made.wait(20)
     assert committed(store) == [CheckpointId(1, 20)]
 
 
 def test_an_answer_lost_after_the_manifest_was_written_is_a_commit_all_the_same(
-    store: DirectoryStore, telemetry: Telemetry
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
 ) -> None:
     class AnswerLost(FailingStore):
         def create(self, key: str, data: Any) -> None:
             store.create(key, data)
             super().create(key, data)
 
-    made = committer(AnswerLost(store, at=[5], fail=unreachable), telemetry)
-    made.offer(snapshot(10))
-    assert made.wait(10, LONG)
+    made = saving(AnswerLost(store, at=[5], fail=unreachable), telemetry)
+    made.save(10)
+    assert made.wait(10)
     assert committed(store) == [CheckpointId(1, 10)]
     assert [event["step"] for event in telemetry.told("committed")] == [10]
 
 
-def test_a_zombie_of_an_earlier_attempt_is_fenced(store: DirectoryStore, telemetry: Telemetry) -> None:
-    made = committer(store, telemetry, attempt=1)
-    made.offer(snapshot(10))
-    assert made.wait(10, LONG)
+def test_a_save_that_is_not_durable_within_its_budget_is_told(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
+) -> None:
+    gate = Gate()
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry, budget_seconds=0.05)
+    made.save(10)
+    (late,) = telemetry.told("commit-late")
+    assert late["step"] == 10 and late["seconds"] >= late["budget_seconds"] == 0.05
+    gate.open.set()
+    assert made.wait(10)
+
+
+def test_a_zombie_of_an_earlier_attempt_is_fenced(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
+    made = saving(store, telemetry, attempt=1)
+    made.save(10)
+    assert made.wait(10)
     store.put(lease_key("run"), json.dumps({"attempt": 2}).encode())
-    made.offer(snapshot(20))
-    assert not made.wait(20, LONG)
-    assert made.fenced
+    made.save(20)
+    assert not made.wait(20)
+    assert made.persister.fenced
     assert committed(store) == [CheckpointId(1, 10)]
 
 
-def test_only_the_newest_are_kept_and_each_names_its_parent(store: DirectoryStore, telemetry: Telemetry) -> None:
-    made = committer(store, telemetry, attempt=2, keep=2, parent=CheckpointId(1, 10))
-    for step in (20, 30, 40):
-        made.offer(snapshot(step))
-        assert made.wait(step, LONG)
-    last = committer(store, telemetry, attempt=2, keep=2, parent=CheckpointId(2, 40))
-    last.offer(snapshot(50))
-    assert last.wait(50, LONG)
-    infos = list_checkpoints(store, "run")
-    assert [info.metadata["parent"] for info in infos[-2:]] == ["0002-000000000030", "0002-000000000040"]
-
-
-def test_a_committed_step_has_its_metrics_and_a_later_one_s_are_not_lost(
-    store: DirectoryStore, telemetry: Telemetry
+def test_only_the_newest_are_kept_and_each_names_its_parent(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
 ) -> None:
-    made = committer(store, telemetry)
-    for step in range(1, 16):
-        made.add_metrics(step, {"loss": 1 / step})
-    made.offer(snapshot(10))
-    assert made.wait(10, LONG)
-    assert list(read_metrics(store, "run")) == list(range(1, 11))
-    made.offer(snapshot(15))
-    assert made.wait(15, LONG)
-    assert read_metrics(store, "run") == {step: {"loss": 1 / step} for step in range(1, 16)}
-    assert len(store.list(metrics_prefix("run"))) == 2
+    made = saving(store, telemetry, attempt=2, keep=2, parent=CheckpointId(1, 10))
+    for step in (20, 30, 40, 50):
+        made.save(step)
+        assert made.wait(step)
+    made.persister.orphan()
+    made.thread.join(LONG)
+    infos = list_checkpoints(store, "run")
+    assert [info.metadata["parent"] for info in infos] == ["0002-000000000030", "0002-000000000040"]
+
+
+def test_what_was_offered_before_the_training_died_becomes_durable(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
+) -> None:
+    gate = Gate()
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry)
+    made.save(10)
+    assert gate.reached.wait(LONG)
+    made.save(20)
+    made.persister.orphan()
+    gate.open.set()
+    made.thread.join(LONG)
+    assert committed(store) == [CheckpointId(1, 10), CheckpointId(1, 20)]
+
+
+def test_a_snapshot_that_was_never_completed_is_none(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
+    """As when the training process is killed while it copies over the one that waits."""
+    gate = Gate()
+    made = saving(FailingStore(store, at=[3], fail=gate), telemetry)
+    made.save(10)
+    assert gate.reached.wait(LONG)
+    waiting = made.save(20)
+    assert waiting and waiting.slot.take()
+    waiting.slot.clear()
+    waiting.slot.give_back()
+    made.persister.orphan()
+    gate.open.set()
+    made.thread.join(LONG)
+    assert committed(store) == [CheckpointId(1, 10)]
 
 
 def test_files_of_the_user_s_folder_are_part_of_the_checkpoint(
-    store: DirectoryStore, telemetry: Telemetry, tmp_path: Path
+    store: DirectoryStore, telemetry: Telemetry, tmp_path: Path, saving: Any
 ) -> None:
     copy = tmp_path / "copy"
     (copy / "sub").mkdir(parents=True)
     (copy / "sub" / "vocabulary.txt").write_bytes(b"\x00words")
-    made = committer(store, telemetry)
-    made.offer(snapshot(10, copy))
-    assert made.wait(10, LONG)
+    made = saving(store, telemetry)
+    made.save(10, copy)
+    assert made.wait(10)
     checkpoints, checkpoint = Checkpoints(store, "run"), CheckpointId(1, 10)
     manifest = checkpoints.manifest(checkpoint)
     assert checkpoints.read(checkpoint, manifest, "files/sub/vocabulary.txt") == b"\x00words"
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process(store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from holdfast.checkpoint.committer import Committer
+
+    for name, value in (("STORE", store.url), ("RUN", "run"), ("ATTEMPT", "1"), ("TELEMETRY", str(telemetry.path))):
+        monkeypatch.setenv(f"HOLDFAST_{name}", value)
+    made = Committer(1, Ranks(), 3, 600.0, None, telemetry.reporter, telemetry.path.with_name("persist.log"))
+    yield made
+    made.close()
+    made._process.wait(LONG)
+
+
+def test_another_persist_process_takes_over_from_one_that_was_killed(
+    store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user: dict[str, Any] = {"weights": torch.zeros(300_000)}
+    with process(store, telemetry, monkeypatch) as committer:
+        snapshots = Snapshots(TrainingState({}, user), committer.offer, committer.renew)
+        committer.add_metrics(9, {"loss": 0.5})
+        for step in (10, 20):
+            committer._process.kill()
+            user["weights"].fill_(step)
+            snapshots.take(step, {"metrics": committer.metrics_until(step)})
+            assert committer.wait(step, LONG)
+            assert torch.equal(content(store, CheckpointId(1, step))["user.weights"], user["weights"])
+        assert read_metrics(store, "run") == {9: {"loss": 0.5}}
+        assert committer.metrics_until(20) == []
+        assert not committer.busy
+
+
+def test_the_persist_process_has_no_pytorch_in_it(
+    store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with process(store, telemetry, monkeypatch) as committer:
+        snapshots = Snapshots(TrainingState({}, {"weights": torch.zeros(8)}), committer.offer, committer.renew)
+        snapshots.take(10, {"metrics": []})
+        assert committer.wait(10, LONG)
+        maps = Path(f"/proc/{committer._process.pid}/maps").read_text()
+        assert "holdfast-snapshot" in maps and "torch" not in maps and "numpy" not in maps
+        assert int(Path(f"/proc/{committer._process.pid}/stat").read_text().split()[18]) >= 10  # its niceness

@@ -8,39 +8,55 @@ for step in run.steps(1000):                                # goes on after the 
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import re
 import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from holdfast.checkpoint import tensors as tensor_file
+from holdfast.checkpoint import planner
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
-from holdfast.checkpoint.committer import Committer, Snapshot
+from holdfast.checkpoint.committer import Committer
+from holdfast.checkpoint.elastic import LearningRateRule, learning_rate_factor
 from holdfast.checkpoint.folders import FILES, plain_files
+from holdfast.checkpoint.loading import StateContent, check_kind
 from holdfast.checkpoint.policy import CheckpointPolicy
-from holdfast.checkpoint.reader import STATE, TREE
+from holdfast.checkpoint.ranks import Together, Vote
 from holdfast.checkpoint.reporting import HeardNotice, NoticeFile, Reporter, Surroundings
-from holdfast.checkpoint.state import TrainingState, describe_environment, set_random_states
-from holdfast.errors import ConfigError, DamagedCheckpointError, TransientError
-from holdfast.runtime.contract import EXIT_PREEMPTED_COMMITTED, EXIT_PREEMPTED_UNCOMMITTED
+from holdfast.checkpoint.snapshot import Snapshot, Snapshots
+from holdfast.checkpoint.state import TrainingState, describe_environment, names_in, set_random_states
+from holdfast.errors import ConfigError, DamagedCheckpointError, NotFoundError, TransientError
+from holdfast.runtime.contract import EXIT_PREEMPTED_COMMITTED, EXIT_PREEMPTED_UNCOMMITTED, NoticeKind
 from holdfast.storage import open_store
+
+log = logging.getLogger(__name__)
 
 FINAL_COMMIT_SECONDS = 300.0
 """How long the end of the program waits for its last commit, on the wall."""
-DEFAULT_WINDOW_SECONDS = 25.0
+BUDGET_SECONDS = 600.0
+"""A save that is not durable after so long is said to be late, unless the policy's own interval is shorter."""
+RECENT = 16
+"""Measurements of each kind that plans are made from."""
+NOTICES: dict[NoticeKind, float] = {"rebalance": 1.0, "lease": 2.0, "shutdown": 3.0, "preemption": 4.0}
 # As in holdfast.model, which needs pydantic: a machine may not have it.
 INTERVAL = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(steps?|s|seconds?|minutes?|min)\s*$")
 
 
 def attach(
-    *, every: str | None = None, max_to_keep: int | None = None, directory: str | Path | None = None, **components: Any
+    *,
+    every: str | None = None,
+    max_to_keep: int | None = None,
+    directory: str | Path | None = None,
+    low_memory: bool = False,
+    learning_rate_scaling: LearningRateRule = "none",
+    **components: Any,
 ) -> Attached:
     """Tie a training loop to its run: restore the newest checkpoint, and save from now on.
 
@@ -48,19 +64,26 @@ def attach(
     data loader or sampler, generators. The random states of Python, NumPy and torch are saved without being named.
     `directory`: a folder whose files are saved as a whole with every checkpoint; needs no PyTorch.
     `every`: '100 steps', '30 s', '5 minutes' or 'auto'; None: as the job says. `max_to_keep`: checkpoints kept; None: as the job says.
+    `low_memory`: one copy of the state in shared memory instead of two; a save that is due while another is being made
+    durable waits for it.
+    `learning_rate_scaling`: what happens to learning rates when the global batch is another than the checkpoint's:
+    'none', 'linear' or 'sqrt'.
 
-    Without an agent (the program was started by hand) nothing is restored or saved, and the loop runs as written.
-    Raises ConfigError for bad arguments and for a checkpoint that does not fit the program.
+    With several ranks, every rank calls it, after torch.distributed.init_process_group, with the same names; what is
+    sharded is saved as shards. Without an agent (the program was started by hand) nothing is restored or saved, and the
+    loop runs as written. Raises ConfigError for bad arguments and for a checkpoint that does not fit the program.
     """
     policy = _policy(every, max_to_keep)
+    learning_rate_factor(learning_rate_scaling, 1, 1)
     around = Surroundings.from_environment()
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if around and ranks != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {ranks}: a checkpoint is one process's so far, and several ranks would overwrite each other's; "
-            "run one process, or checkpoint by folders ($HOLDFAST_CHECKPOINT_DIRECTORY) from rank 0"
-        )
-    return Attached(around, policy, components, Path(directory) if directory else None)
+    return Attached(
+        around,
+        policy,
+        components,
+        Path(directory) if directory else None,
+        1 if low_memory else 2,
+        learning_rate_scaling,
+    )
 
 
 class Attached:
@@ -72,38 +95,58 @@ class Attached:
         policy: CheckpointPolicy | None,
         components: dict[str, Any],
         folder: Path | None,
+        slots: int,
+        learning_rate_scaling: LearningRateRule,
     ) -> None:
         self._state: dict[str, Any] = {}
         self.resumed_step = 0
         """Steps that were done before this process; 0 at a fresh start."""
-        self._training = TrainingState(components, self._state)
         self._folder = folder
         self._around = around
-        self._stop = self._looping = False
+        self._stop = self._wants_stop = self._looping = False
         self._step, self._total = 0, 0
         self._metrics: dict[str, float] = {}
         self._last_metrics: dict[str, float] = {}
         self._random_states: dict[str, Any] | None = None
         if around is None:
+            self._training = TrainingState(components, self._state)
             return
+        self._together = Together()
+        ranks = self._together.ranks
+        self._training = TrainingState(components, self._state, ranks.rank, ranks.world_size, learning_rate_scaling)
         self._policy = policy or around.policy
         self._clock = around.clock
-        self._reporter = Reporter(around)
-        self._notice = NoticeFile(around.notice)
+        self._reporter = Reporter(around if ranks.tells else replace(around, telemetry=None, console=None))
+        self._notice_file = NoticeFile(around.notice)
+        self._notice: HeardNotice | None = None
+        self._step_at_notice = 0
         self._store = open_store(around.store_url)
         self._reporter.event("attached")
-        self._training.copy()  # what can't be stored is said now, not after the first hour
+        self._training.collect()  # what can't be stored is said now, not after the first hour
         parent = self._resume()
+        budget_seconds = min(self._policy.every_seconds or BUDGET_SECONDS, BUDGET_SECONDS) / self._clock.speed
+        log_file = around.telemetry.with_name(f"persist-{ranks.rank}.log") if around.telemetry else None
         self._committer = Committer(
-            self._store, around.run_id, around.attempt, self._policy.max_to_keep, self._reporter, self._clock, parent
+            around.attempt,
+            ranks,
+            self._policy.max_to_keep,
+            max(1.0, budget_seconds),
+            parent,
+            self._reporter,
+            log_file,
         )
+        self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots)
         self._saved_step = self.resumed_step
-        self._saved_at = time.monotonic()
-        self._snapshot_seconds = 0.0
+        self._saved_at = self._stepped_at = time.monotonic()
+        self._copies: deque[float] = deque(maxlen=RECENT)
+        self._steps: deque[float] = deque(maxlen=RECENT)
 
     @property
     def state(self) -> dict[str, Any]:
-        """Anything else that must survive: numbers, text, tensors, and lists, tuples and dicts of these."""
+        """Anything else that must survive: numbers, text, tensors, and lists, tuples and dicts of these.
+
+        Each rank has its own; in a world of another size, all begin with the first rank's.
+        """
         return self._state
 
     @state.setter
@@ -142,6 +185,8 @@ class Attached:
         self._step, self._total = self.resumed_step, total
         if self._random_states is not None:
             set_random_states(self._random_states)  # here: what ran since attach() must not have used them up
+        if self._around:
+            self._stepped_at = time.monotonic()
         return self._step
 
     def complete(self) -> None:
@@ -160,93 +205,198 @@ class Attached:
         """Numbers of this step, for the display, the loss curve and the comparison: floats, or tensors of one element."""
         for name, value in metrics.items():
             try:
-                self._metrics[name] = float(value)
+                self._metrics[name] = float(value.detach() if hasattr(value, "detach") else value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"report({name}={value!r}): not a number: {error}") from error
 
     def stop(self) -> None:
-        """End the loop after this step, as if it were the last (early stopping)."""
-        self._stop = True
+        """End the loop after this step, as if it were the last (early stopping); of several ranks, one is enough, and
+        all end after the same step, a moment later.
+        """
+        self._wants_stop = True
+        self._stop = self._around is None or self._together.world_size == 1
 
     # -- after every step ---------------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
+        now = time.monotonic()
+        self._steps.append(now - self._stepped_at)
+        self._stepped_at = now
         self._reporter.step(self._step, self._total, self._metrics)
-        if self._metrics:
+        if self._metrics and self._together.is_first:
             self._committer.add_metrics(self._step, self._metrics)
         if self._step == self.resumed_step + 1:
             self._reporter.event("first-step", step=self._step)
-        if notice := self._notice.news():
-            self._obey(notice)
-        if self._committer.fenced:
+        self._snapshots.poll()
+        self._committer.poll()
+        self._say_failure()
+        if news := self._notice_file.news():
+            self._hear(news.kind, news.reclaim_at)
+        at_latest = self._saved_step + self._policy.every_steps if self._policy.every_steps else None
+        agreed = self._together.agree(self._step, self._vote(), at_latest)
+        if agreed is None:
+            return
+        if agreed.notice:
+            at = datetime.fromtimestamp(-agreed.reclaim_at, UTC) if agreed.reclaim_at > -float("inf") else None
+            self._hear(next(kind for kind, strength in NOTICES.items() if strength == agreed.notice), at)
+        self._stop = self._stop or agreed.stop > 0
+        if agreed.fenced:
             self._leave(committed=False)
-        elif self._is_due() and self._step < self._total:
+        elif self._notice:
+            self._obey()
+        elif agreed.save and not agreed.busy and self._step < self._total:
             self._save()
+        self._stepped_at = time.monotonic()
+
+    def _vote(self) -> Vote:
+        """With one rank a newer snapshot may take a waiting one's place; several would lose track of each other."""
+        together = self._together.world_size > 1
+        notice = self._notice
+        return Vote(
+            save=float(self._is_due()),
+            stop=float(self._wants_stop),
+            fenced=float(self._committer.fenced),
+            busy=float(together and (self._committer.busy or self._snapshots.in_progress)),
+            notice=NOTICES[notice.kind] if notice else 0.0,
+            reclaim_at=-notice.reclaim_at.timestamp() if notice and notice.reclaim_at else -float("inf"),
+            step_seconds=max(self._steps) if together else 0.0,
+        )
 
     def _is_due(self) -> bool:
         seconds = (time.monotonic() - self._saved_at) * self._clock.speed
         cost = self._committer.commit_seconds
+        copy = self._copies[-1] if self._copies else 0.0
         return self._policy.is_due(
-            self._step - self._saved_step, seconds, None if cost is None else self._snapshot_seconds + 0.1 * cost
+            self._step - self._saved_step, seconds, None if cost is None else (copy + 0.1 * cost) * self._clock.speed
         )
 
-    def _save(self) -> None:
-        """Copy the state; the training goes on while the copy is made durable."""
+    def _save(self, wait: bool = False) -> None:
+        """Copy the state while the training goes on; what is copied is made durable by another process."""
         assert self._around
-        began = time.monotonic()
         self._reporter.phase("snapshot", self._step)
-        tree, tensors = self._training.copy()
-        folder = _copy_folder(self._folder) if self._folder else None
-        self._snapshot_seconds = (time.monotonic() - began) * self._clock.speed
-        self._saved_step, self._saved_at = self._step, time.monotonic()
-        metadata = {
+        words = {
             "run": self._around.run_id,
             "attempt": self._around.attempt,
-            "step": self._step,
             "total_steps": self._total,
             "created_at": self._clock.now().isoformat(),
             "learning_rates": self._training.learning_rates(),
             "batch_size": self._training.batch_size(),
-            "environment": describe_environment(),
+            "environment": {**describe_environment(), "world_size": self._together.world_size},
+            "metrics": self._committer.metrics_until(self._step),
         }
-        self._committer.offer(
-            Snapshot(
-                step=self._step,
-                tree=tree,
-                tensors=tensors,
-                folder=folder,
-                metadata=metadata,
-                seconds=self._snapshot_seconds,
-            )
-        )
+        folder = _copy_folder(self._folder) if self._folder and self._together.is_first else None
+        if self._snapshots.take(self._step, words, folder, wait) is None:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            return  # its only slot is being made durable: the save stays due
+        self._saved_step, self._saved_at = self._step, time.monotonic()
+        self._say_failure()
 
-    def _obey(self, notice: HeardNotice) -> None:
-        if notice.kind == "rebalance":
-            self._save()
-            return
-        if self._saved_step != self._step:
-            self._save()
-        window = DEFAULT_WINDOW_SECONDS
-        if notice.reclaim_at:
-            window = (notice.reclaim_at - self._clock.now()) / timedelta(seconds=self._clock.speed)
-        self._leave(committed=self._committer.wait(self._step, max(0.0, window)))
+    def _offer(self, snapshot: Snapshot) -> None:
+        self._copies.append(snapshot.hold_seconds)
+        self._committer.offer(snapshot)
+
+    def _say_failure(self) -> None:
+        """A snapshot came to nothing: it is said, and taken again after this step."""
+        failure, self._snapshots.failure = self._snapshots.failure, None
+        if failure is not None:
+            log.warning("snapshot failed step=%s error=%s", self._saved_step, failure)
+            self._reporter.event("commit-failed", step=self._saved_step, error=str(failure))
+            self._saved_step = max(self._committer.committed_step, self.resumed_step)
+            self._saved_at = -float("inf")
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _hear(self, kind: NoticeKind, reclaim_at: datetime | None) -> None:
+        if self._notice is None or NOTICES[kind] > NOTICES[self._notice.kind]:
+            self._notice = HeardNotice(kind, reclaim_at)
+            self._step_at_notice = self._step
+
+    def _obey(self) -> None:
+        """After every step from the notice on: what the plan says, on all ranks what the first one's plan says."""
+        while True:
+            decision = self._together.first_decides(self._plan)
+            match decision:
+                case planner.CommitNow():
+                    self._save(wait=True)
+                case planner.TrainUntil(at=at):
+                    if at is None:
+                        self._notice = None  # a recommendation, and it was followed
+                    return
+                case planner.WaitFor(step=step, until=until):
+                    self._snapshots.settle()  # no optimizer comes to wait for it any more
+                    self._say_failure()
+                    self._committer.wait(step, self._wall_seconds_until(until) if until else FINAL_COMMIT_SECONDS)
+                case planner.Leave():
+                    self._leave(committed=True)
+                case planner.Skip(reason=reason):
+                    self._reporter.event("notice-skipped", step=self._step, reason=reason)
+                    self._leave(committed=False)
+            if self._committer.fenced:
+                self._leave(committed=False)
+
+    def _plan(self) -> planner.Decision:
+        assert self._notice
+        now, speed = self._clock.now(), self._clock.speed
+        committer = self._committer
+        saving = None
+        if self._saved_step > max(committer.committed_step, self.resumed_step):
+            waits = committer.in_work is not None and committer.in_work.step < self._saved_step
+            began = committer.in_work.began if committer.in_work else time.monotonic()
+            saving = planner.Saving(
+                step=self._saved_step,
+                began_at=now - timedelta(seconds=(time.monotonic() - began) * speed),
+                saves=2 if waits else 1,
+            )
+        measured = None
+        if committer.commits and self._copies and self._steps:
+            spreads = [
+                planner.Spread.of(one * speed for one in seconds)
+                for seconds in (self._copies, committer.commits, self._steps)
+            ]
+            measured = planner.Measured(
+                copy_seconds=spreads[0], durable_seconds=spreads[1], step_seconds=spreads[2],
+                size_bytes=committer.commit_bytes,
+            )  # fmt: skip
+        window = planner.Window(kind=self._notice.kind, now=now, reclaim_at=self._notice.reclaim_at)
+        work = planner.Work(
+            step=self._step,
+            step_at_notice=self._step_at_notice,
+            durable_step=max(committer.committed_step, self.resumed_step),
+            saving=saving,
+        )
+        return planner.plan(measured, window, work)
+
+    def _wall_seconds_until(self, instant: datetime) -> float:
+        return max(0.0, (instant - self._clock.now()) / timedelta(seconds=self._clock.speed))
 
     def _leave(self, committed: bool) -> None:
-        self._reporter.event("preempting", step=self._step, committed=committed)
+        # Of several machines only the one with the notice goes; on the others the ranks are formed anew.
+        kind = "preempting" if self._notice_file.seen or self._together.world_size == 1 else "reforming"
+        self._reporter.event(kind, step=self._step, committed=committed)
         sys.stdout.flush()
+        self._committer.close()
         raise SystemExit(EXIT_PREEMPTED_COMMITTED if committed else EXIT_PREEMPTED_UNCOMMITTED)
 
     def _finish(self) -> None:
+        self._snapshots.settle()
+        self._say_failure()
         if self._committer.committed_step < self._step:
-            if self._saved_step != self._step or self._step == 0:
-                self._save()
+            for _ in range(2):  # a torn snapshot is taken once more
+                if self._saved_step != self._step or self._step == 0:
+                    self._save(wait=True)
+                self._snapshots.settle()
+                self._say_failure()
             if not self._committer.wait(self._step, FINAL_COMMIT_SECONDS):
                 if self._committer.fenced:
                     self._leave(committed=False)
                 raise TransientError(
                     f"the last step ({self._step}) could not be made durable in {FINAL_COMMIT_SECONDS:.0f} s; "
                     f"the last committed one is {max(0, self._committer.committed_step)}"
+                    + (f": {self._committer.last_error}" if self._committer.last_error else "")
                 )
+        self._snapshots.close()
+        self._committer.close()
         self._reporter.event("finished", step=self._step, metrics=dict(self._last_metrics))
 
     # -- resuming -----------------------------------------------------------------------------------------------------
@@ -255,10 +405,18 @@ class Attached:
         assert self._around
         checkpoints = Checkpoints(self._store, self._around.run_id)
         began = time.monotonic()
-        loaded: CheckpointId | None = checkpoints.newest_valid(
-            lambda checkpoint, manifest: self._load(checkpoints, checkpoint, manifest),
-            lambda checkpoint, error: self._reporter.event("damaged", checkpoint=str(checkpoint), error=error),
-        )
+
+        def use(checkpoint: CheckpointId, manifest: dict[str, Any]) -> CheckpointId:
+            return self._load(checkpoints, checkpoint, manifest)
+
+        def damaged(checkpoint: CheckpointId, error: str) -> None:
+            self._reporter.event("damaged", checkpoint=str(checkpoint), error=error)
+
+        loaded: CheckpointId | None
+        if self._together.world_size == 1:
+            loaded = checkpoints.newest_valid(use, damaged)
+        else:
+            loaded = self._newest_for_all(checkpoints, use, damaged)
         self.resumed_step = loaded.step if loaded else 0
         seconds = time.monotonic() - began
         self._reporter.phase("resumed", self.resumed_step)
@@ -271,21 +429,46 @@ class Attached:
         )
         return loaded
 
+    def _newest_for_all(self, checkpoints: Checkpoints, use: Any, damaged: Any) -> CheckpointId | None:
+        """As `newest_valid`, but all ranks take the same: one that is whole for each of them."""
+        assert self._around
+        candidates = checkpoints.committed() if self._together.is_first else []
+        tried = 0
+        while True:
+            newest = candidates.pop() if candidates else CheckpointId(-1, -1)
+            attempt, step = self._together.first_says(newest.attempt, newest.step)
+            if attempt < 0:
+                break
+            checkpoint, complaint = CheckpointId(int(attempt), int(step)), ""
+            try:
+                use(checkpoint, checkpoints.manifest(checkpoint))
+            except (DamagedCheckpointError, NotFoundError) as error:
+                complaint = str(error)
+                damaged(checkpoint, complaint)
+            if self._together.all_say(not complaint):
+                return checkpoint
+            tried += 1
+        if not tried:
+            return None
+        raise ConfigError(
+            f"run {self._around.run_id!r} has {tried} checkpoints and none is whole: restore them, or begin again under "
+            "another run id"
+        )
+
     def _load(self, checkpoints: Checkpoints, checkpoint: CheckpointId, manifest: dict[str, Any]) -> CheckpointId:
-        if manifest.get("kind") != "state":
-            raise ConfigError(
-                f"checkpoint {checkpoint} is of kind {manifest.get('kind')!r}, made by another program; use another run id"
-            )
+        check_kind(checkpoint, manifest)
         self._reporter.phase("resume", checkpoint.step)
-        data = {name: checkpoints.read(checkpoint, manifest, name) for name in manifest["objects"]}
-        try:
-            tree = json.loads(data[TREE])
-        except (KeyError, ValueError) as error:
-            raise DamagedCheckpointError(f"{checkpoint}/{TREE} can't be read: {error!r}") from error
-        tensors = tensor_file.decode(data[STATE]) if STATE in data else {}
-        self._random_states = self._training.load(tree, tensors)
+        content = StateContent(checkpoints, checkpoint, manifest)
+        ranks = self._together.ranks
+        same_world = content.world_size == ranks.world_size
+        tree = content.trees[ranks.rank if same_world else 0]
+        names = list(dict.fromkeys(names_in([tree[part] for part in ("components", "user", "random")])))
+        places = self._training.places(tree)
+        tensors = content.read(places, names) if names else {}
+        self._random_states = self._training.load(tree, tensors.__getitem__, manifest, content.world_size)
         if self._folder:
-            _restore_folder(self._folder, {name: body for name, body in data.items() if name.startswith(FILES)})
+            listed = [name for name in manifest["objects"] if name.startswith(FILES)]
+            _restore_folder(self._folder, {name: checkpoints.read(checkpoint, manifest, name) for name in listed})
         return checkpoint
 
 

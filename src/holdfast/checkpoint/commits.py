@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import queue
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +17,18 @@ from holdfast.runtime.contract import checkpoint_prefix, lease_key
 from holdfast.storage import ObjectStore
 from holdfast.storage.protocol import Data
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2: images have a checksum per piece, and a state may be of several ranks
 MANIFEST = "manifest.json"
+PART = ".part"
+TREE, STATE = "tree.json", "state.safetensors"
+"""Objects of a state that one process saves."""
 CHECKSUM = "manifest_sha256"  # of the manifest without it: nothing else would notice a changed step or kind
+
+
+PIECE_BYTES = 16 * 1024 * 1024
+"""An image is written, checked and read in pieces of so many bytes, each with a CRC-32 (RFC 1952): ten times as fast as
+a SHA-256, finds every burst of 32 bits, and says which piece is damaged."""
+READERS = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,16 +65,58 @@ class Checkpoints:
 
         Raises TransientError (nothing visible has changed then) and AlreadyExistsError (this step is committed).
         """
-        listed = {}
-        for name, chunks in objects.items():
-            digest = _Digest(chunks)
-            self._store.put(f"{self._prefix}{checkpoint}/{name}", digest.chunks())
-            listed[name] = {"size_bytes": digest.size_bytes, "sha256": digest.hexdigest()}
-        body = {**manifest, "format_version": FORMAT_VERSION, "objects": listed}
+        listed = {name: self.write(checkpoint, name, chunks) for name, chunks in objects.items()}
+        self.publish(checkpoint, listed, manifest)
+        return sum(entry["size_bytes"] for entry in listed.values())
+
+    def write(self, checkpoint: CheckpointId, name: str, chunks: Iterable[Data]) -> dict[str, Any]:
+        """One object; its entry in the manifest. Raises TransientError."""
+        digest = _Digest(chunks)
+        self._store.put(f"{self._prefix}{checkpoint}/{name}", digest.chunks())
+        return {"size_bytes": digest.size_bytes, "sha256": digest.hexdigest()}
+
+    def write_image(self, checkpoint: CheckpointId, name: str, image: memoryview) -> dict[str, Any]:
+        """The same for a large one that lies in memory, which must stay as it is: each piece is summed up while the one
+        before is on its way. Raises TransientError.
+        """
+        sums: list[Future[int]] = []
+
+        def pieces(pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+            for start in range(0, len(image), PIECE_BYTES):
+                piece = image[start : start + PIECE_BYTES]
+                sums.append(pool.submit(zlib.crc32, piece))
+                yield piece
+
+        with ThreadPoolExecutor(1, thread_name_prefix="holdfast-sums") as pool:
+            self._store.put(f"{self._prefix}{checkpoint}/{name}", pieces(pool))
+            crc32 = [f"{one.result():08x}" for one in sums]
+        return {"size_bytes": len(image), "piece_bytes": PIECE_BYTES, "crc32": crc32}
+
+    def publish(
+        self, checkpoint: CheckpointId, objects: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any]
+    ) -> None:
+        """The checkpoint exists from here on. Raises TransientError and AlreadyExistsError."""
+        body = {**manifest, "format_version": FORMAT_VERSION, "objects": objects}
         body[CHECKSUM] = _checksum(json.loads(json.dumps(body)))  # as a reader will see it
         # The manifest goes last: a machine cut off mid-commit leaves data that nobody reads, never half a checkpoint.
         self._store.create(f"{self._prefix}{checkpoint}/{MANIFEST}", json.dumps(body, indent=1).encode())
-        return sum(entry["size_bytes"] for entry in listed.values())
+
+    def write_part(self, checkpoint: CheckpointId, rank: str, objects: Mapping[str, Any]) -> None:
+        """One rank's objects are durable; whoever publishes the checkpoint waits for all of them."""
+        self._store.put(f"{self._prefix}{checkpoint}/{rank}{PART}", json.dumps(objects).encode())
+
+    def read_parts(self, checkpoint: CheckpointId) -> dict[str, dict[str, Any]]:
+        """Rank's name -> its objects, of the ranks whose part is there."""
+        prefix = f"{self._prefix}{checkpoint}/"
+        keys = [info.key for info in self._store.list(prefix) if info.key.endswith(PART)]
+        return {key.removeprefix(prefix).removesuffix(PART): json.loads(self._store.get(key)) for key in keys}
+
+    def exists(self, checkpoint: CheckpointId) -> bool:
+        try:
+            self._store.get_range(f"{self._prefix}{checkpoint}/{MANIFEST}", 0, 1)
+        except NotFoundError:
+            return False
+        return True
 
     def manifest(self, checkpoint: CheckpointId) -> dict[str, Any]:
         """Raises DamagedCheckpointError, NotFoundError, ConfigError for one that a newer version wrote."""
@@ -72,7 +127,7 @@ class Checkpoints:
                 raise ValueError("its checksum is another than it says")
             version = int(manifest["format_version"])
             for entry in manifest["objects"].values():
-                _ = entry["size_bytes"], entry["sha256"]
+                _check_entry(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpointError(f"{checkpoint}/{MANIFEST} can't be read: {error!r}") from error
         if version > FORMAT_VERSION:
@@ -85,6 +140,14 @@ class Checkpoints:
     def read(self, checkpoint: CheckpointId, manifest: Mapping[str, Any], name: str) -> bytes:
         """One object, proven to be what the manifest says. Raises DamagedCheckpointError."""
         expected = manifest["objects"][name]
+        if "crc32" in expected:
+            whole = bytearray(expected["size_bytes"])
+
+            def keep(start: int, piece: memoryview) -> None:
+                whole[start : start + len(piece)] = piece
+
+            self.read_pieces(checkpoint, manifest, name, keep)
+            return bytes(whole)
         try:
             data = self._store.get(f"{self._prefix}{checkpoint}/{name}")
         except NotFoundError:
@@ -94,6 +157,66 @@ class Checkpoints:
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise DamagedCheckpointError(f"{checkpoint}/{name} has another SHA-256 than its manifest says")
         return data
+
+    def read_pieces(
+        self,
+        checkpoint: CheckpointId,
+        manifest: Mapping[str, Any],
+        name: str,
+        use: Callable[[int, memoryview], None],
+        wanted: Iterable[int] | None = None,
+    ) -> None:
+        """Have `use(start, bytes)` called with every proven piece of an image, in any order, from several threads.
+
+        `wanted`: numbers of pieces; None: all. The bytes are overwritten when `use` returns.
+        Raises DamagedCheckpointError, naming the piece.
+        """
+        entry = manifest["objects"][name]
+        size_bytes, piece_bytes, sums = entry["size_bytes"], entry["piece_bytes"], entry["crc32"]
+        spare: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        numbers = range(len(sums)) if wanted is None else sorted(set(wanted))
+        for _ in range(min(READERS, len(numbers))):
+            spare.put(mmap.mmap(-1, piece_bytes))  # mapped memory begins at a page, as direct reads want it
+
+        def read(number: int) -> None:
+            start = number * piece_bytes
+            buffer = spare.get()
+            try:
+                view = memoryview(buffer)[: min(piece_bytes, size_bytes - start)]
+                where = f"{checkpoint}/{name}, bytes {start} to {start + len(view)} (piece {number})"
+                try:
+                    count = self._store.read_into(f"{self._prefix}{checkpoint}/{name}", start, view)
+                except NotFoundError:
+                    raise DamagedCheckpointError(f"{checkpoint}/{name} is missing") from None
+                if count != len(view):
+                    raise DamagedCheckpointError(f"{where}: it ends after {count} bytes")
+                if f"{zlib.crc32(view):08x}" != sums[number]:
+                    raise DamagedCheckpointError(f"{where}: another CRC-32 than its manifest says")
+                use(start, view)
+            finally:
+                spare.put(buffer)
+
+        with ThreadPoolExecutor(READERS, thread_name_prefix="holdfast-read") as pool:
+            pending = [pool.submit(read, number) for number in numbers]
+            try:
+                for one in pending:
+                    one.result()
+            finally:
+                for one in pending:
+                    one.cancel()
+
+    def verify(
+        self,
+        checkpoint: CheckpointId,
+        manifest: Mapping[str, Any],
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Read everything the manifest lists. `progress` is told every so many bytes. Raises DamagedCheckpointError."""
+        for name, entry in manifest["objects"].items():
+            if "crc32" in entry:
+                self.read_pieces(checkpoint, manifest, name, lambda _, piece: progress(len(piece)))
+            else:
+                progress(len(self.read(checkpoint, manifest, name)))
 
     def prune(self, attempt: int, max_to_keep: int) -> list[CheckpointId]:
         """Delete all but the newest, and what interrupted commits of earlier attempts left; what was deleted.
@@ -156,6 +279,19 @@ class Checkpoints:
             if slash and wanted(info.key) and name.replace("-", "").isdigit():
                 found.add(CheckpointId.parse(name))
         return found
+
+
+def rank_name(rank: int, token: str) -> str:
+    """What a rank's objects are called when several save together."""
+    return f"rank-{rank:05d}-{token}"
+
+
+def _check_entry(entry: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError, ValueError for what no writer writes."""
+    if "sha256" in entry:
+        _ = entry["size_bytes"] + 0, entry["sha256"]
+    elif len(entry["crc32"]) != -(-entry["size_bytes"] // entry["piece_bytes"]):
+        raise ValueError(f"{len(entry['crc32'])} pieces of {entry['piece_bytes']} bytes make no {entry['size_bytes']}")
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

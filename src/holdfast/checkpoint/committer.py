@@ -1,165 +1,249 @@
-"""The background thread that makes snapshots durable, one at a time, always the newest."""
+"""The training's side of the persist process: starts it, hands snapshots over, hears what became of them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import shutil
-import threading
+import os
+import select
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from holdfast.checkpoint import tensors as tensor_file
-from holdfast.checkpoint.commits import CheckpointId, Checkpoints
-from holdfast.checkpoint.folders import FILES, plain_files
-from holdfast.checkpoint.reader import STATE, TREE
+import holdfast
+from holdfast.checkpoint.commits import CheckpointId
+from holdfast.checkpoint.persist import LINE_BYTES, Ranks
 from holdfast.checkpoint.reporting import Reporter
-from holdfast.clock import Clock
-from holdfast.errors import AlreadyExistsError
-from holdfast.runtime.contract import metrics_prefix
-from holdfast.storage import ObjectStore
+from holdfast.checkpoint.slots import Slot
+from holdfast.checkpoint.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+RECENT = 16
+SHORTEST_LIFE_SECONDS = 1.0
+"""A persist process that ends sooner is not started again at once."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Snapshot:
-    """A consistent copy of the state after `step` steps; shares no memory with it."""
+class InWork(NamedTuple):
+    """A snapshot that is being made durable."""
 
+    number: int
     step: int
-    tree: dict[str, Any]
-    tensors: dict[str, Any]
-    folder: Path | None
-    """A copy of the user's checkpoint directory, where there is one."""
-    metadata: dict[str, Any]
-    seconds: float
-    """What taking it cost the training, on the machine's clock."""
+    began: float
+    """time.monotonic()"""
 
 
 class Committer:
+    """Nothing here waits for the persist process, but `wait`."""
+
     def __init__(
         self,
-        store: ObjectStore,
-        run_id: str,
         attempt: int,
+        ranks: Ranks,
         max_to_keep: int,
-        reporter: Reporter,
-        clock: Clock,
+        budget_seconds: float,
         parent: CheckpointId | None,
+        reporter: Reporter,
+        log_file: Path | None,
     ) -> None:
-        self._store, self._attempt, self._max_to_keep = store, attempt, max_to_keep
-        self._checkpoints = Checkpoints(store, run_id)
-        self._metrics_prefix = metrics_prefix(run_id)
-        self._reporter, self._clock, self._parent = reporter, clock, parent
-        self._changed = threading.Condition()
-        self._waiting: Snapshot | None = None
+        self._orders = {
+            "kind": "orders",
+            "ranks": asdict(ranks),
+            "max_to_keep": max_to_keep,
+            "budget_seconds": budget_seconds,
+        }
+        self._attempt, self._parent = attempt, parent
+        self._reporter, self._log_file = reporter, log_file
+        self._slots: Sequence[Slot] = []
+        self._newest: Snapshot | None = None
+        self._offered = 0
         self._metrics: list[tuple[int, Mapping[str, float]]] = []
         self.committed_step = parent.step if parent else -1
+        self.finished_number = 0
+        """Of the newest snapshot whose fate is known to be good: on a rank of several, its own part is durable."""
+        self.commits: deque[float] = deque(maxlen=RECENT)
+        """Seconds (wall) of the recent commits, from their begin to the manifest."""
+        self.in_work: InWork | None = None
         self.commit_seconds: float | None = None
+        self.durable_seconds: float | None = None
+        """From the begin of the snapshot to the manifest, at the last commit (wall)."""
+        self.commit_bytes = 0
+        self.last_error = ""
         self.fenced = False
         """A later attempt has begun: nothing of this one counts any more."""
-        threading.Thread(target=self._work, name="holdfast-commits", daemon=True).start()
+        self._rest = b""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start()
+
+    # -- for the loop -------------------------------------------------------------------------------------------------
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._metrics.append((step, metrics))  # list.append is atomic; the thread takes what is there
+        self._metrics.append((step, metrics))
+
+    def metrics_until(self, step: int) -> list[tuple[int, Mapping[str, float]]]:
+        """Those of steps that are not known to be committed."""
+        return [record for record in self._metrics if record[0] <= step]
+
+    def renew(self, slots: Sequence[Slot]) -> None:
+        self._slots = list(slots)
+        self._newest = None
+        self._send_slots()
 
     def offer(self, snapshot: Snapshot) -> None:
         """Commit this one next; an older one that still waits is dropped."""
-        with self._changed:
-            dropped, self._waiting = self._waiting, snapshot
-            self._changed.notify_all()
-        if dropped:
-            _discard(dropped)
+        self._newest = snapshot
+        self._offered = snapshot.number
+        self._send_offer()
 
-    def wait(self, step: int, seconds: float | None) -> bool:
+    @property
+    def busy(self) -> bool:
+        """Is there a snapshot whose fate is open?"""
+        return self.finished_number < self._offered
+
+    def poll(self) -> None:
+        """Hear what the persist process said; start another when it has died."""
+        self._hear(0.0)
+
+    def wait(self, step: int, seconds: float) -> bool:
         """Until `step` is durable (True), or for `seconds` of the wall, or until this attempt is fenced."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.committed_step >= step or self.fenced, seconds) and (
-                self.committed_step >= step
+        give_up_at = time.monotonic() + seconds
+        while self.committed_step < step and not self.fenced:
+            left = give_up_at - time.monotonic()
+            if left <= 0:
+                return False
+            self._hear(min(left, 0.5))
+        return self.committed_step >= step
+
+    def close(self) -> None:
+        """The persist process finishes what it has begun, and ends."""
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+    # -- the process --------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        package = str(Path(holdfast.__file__).parent.parent)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        with theirs, open(self._log_file or os.devnull, "ab") as said:
+            # A session of its own: what ends the training's process group must not end a commit that has begun.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "holdfast.checkpoint.persist", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env=environment,
+                start_new_session=True,
             )
+        self._connection, self._rest = ours, b""
+        self._started_at = time.monotonic()
+        self._send({**self._orders, "parent": str(self._parent) if self._parent else None})
+        if self._slots:
+            self._send_slots()
+        if self._newest is not None and self.busy:
+            self._send_offer()
 
-    def _work(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
-        while not self.fenced:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None)
-                snapshot = self._waiting
-                self._waiting = None
-            assert snapshot
-            try:
-                self._commit(snapshot)
-                pause = FIRST_PAUSE_SECONDS
-                _discard(snapshot)
-            except Exception as error:  # whatever it is: it must not stop the training, and must not go unsaid
-                log.warning("commit failed step=%s error=%r", snapshot.step, error)
-                self._reporter.event("commit-failed", step=snapshot.step, error=str(error) or repr(error))
-                with self._changed:
-                    # Try this one again, unless a newer one comes meanwhile.
-                    if not self._changed.wait_for(lambda: self._waiting is not None, pause):
-                        self._waiting = snapshot
-                    else:
-                        _discard(snapshot)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    def _send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
+        with contextlib.suppress(OSError):  # it is dead; the next look at it finds that out
+            socket.send_fds(self._connection, [json.dumps(message).encode() + b"\n"], files)
 
-    def _commit(self, snapshot: Snapshot) -> None:
-        if self._checkpoints.superseded(self._attempt):
-            with self._changed:
-                self.fenced = True
-                self._changed.notify_all()
-            return
-        began, began_wall = self._clock.now(), time.monotonic()
-        checkpoint = CheckpointId(self._attempt, snapshot.step)
-        self._reporter.phase("commit", snapshot.step)
-        metrics = [record for record in self._metrics if record[0] <= snapshot.step]
-        self._write_metrics(checkpoint, metrics)
-        manifest = {"kind": "state", "parent": str(self._parent) if self._parent else None, **snapshot.metadata}
-        try:
-            size_bytes = self._checkpoints.commit(checkpoint, _objects(snapshot), manifest)
-        except AlreadyExistsError:
-            size_bytes = 0  # this very step was committed before
-        self._reporter.phase("committed", snapshot.step)
-        self._metrics = [record for record in self._metrics if record[0] > snapshot.step]
-        seconds = (self._clock.now() - began).total_seconds()
-        with self._changed:
-            self.committed_step, self.commit_seconds, self._parent = snapshot.step, seconds, checkpoint
-            self._changed.notify_all()
-        speed = self._clock.speed
-        self._reporter.event(
-            "committed",
-            step=snapshot.step,
-            bytes=size_bytes,
-            snapshot_seconds=snapshot.seconds,
-            stall_seconds=snapshot.seconds,
-            wall_stall_seconds=snapshot.seconds / speed,
-            commit_seconds=seconds,
-            wall_commit_seconds=time.monotonic() - began_wall,
+    def _send_slots(self) -> None:
+        sizes = [slot.capacity_bytes for slot in self._slots]
+        self._send({"kind": "slots", "sizes": sizes}, [slot.fileno() for slot in self._slots])
+
+    def _send_offer(self) -> None:
+        snapshot = self._newest
+        assert snapshot is not None
+        self._send(
+            {
+                "kind": "offer",
+                "number": snapshot.number,
+                "slot": next(index for index, slot in enumerate(self._slots) if slot is snapshot.slot),
+                "step": snapshot.step,
+                "began": snapshot.began,
+                "hold_seconds": snapshot.hold_seconds,
+                "folder": str(snapshot.folder or ""),
+            }
         )
-        self._checkpoints.prune(self._attempt, self._max_to_keep)
 
-    def _write_metrics(self, checkpoint: CheckpointId, metrics: list[tuple[int, Mapping[str, float]]]) -> None:
-        """Durable before the manifest: a committed step never lacks its metrics."""
-        if metrics:
-            lines = [
-                json.dumps({"step": step, "attempt": self._attempt, "metrics": values}) for step, values in metrics
-            ]
-            self._store.put(f"{self._metrics_prefix}{checkpoint}.jsonl", "\n".join(lines).encode())
+    def _hear(self, seconds: float) -> None:
+        if self._process is None:
+            self._start_again(seconds)
+            return
+        if not select.select([self._connection], [], [], seconds)[0]:
+            return
+        try:
+            data = self._connection.recv(LINE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._restart()
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take_in(json.loads(line))
 
+    def _take_in(self, message: Mapping[str, Any]) -> None:
+        match message["kind"]:
+            case "begun":
+                self.in_work = InWork(message["number"], message["step"], message["began"])
+            case "committed":
+                self.commits.append(message["commit_seconds"])
+                self._end_work(message["number"])
+                self.committed_step = max(self.committed_step, message["step"])
+                self.finished_number = max(self.finished_number, message["number"])
+                self.commit_seconds, self.durable_seconds = message["commit_seconds"], message["durable_seconds"]
+                self.commit_bytes, self.last_error = message["bytes"], ""
+                self._metrics = [record for record in self._metrics if record[0] > message["step"]]
+                self._parent = CheckpointId(self._attempt, message["step"])
+            case "part":
+                self.finished_number = max(self.finished_number, message["number"])
+            case "failed":
+                self._end_work(message["number"])
+                self.last_error = message["error"]
+            case "fenced":
+                self.fenced = True
 
-def _objects(snapshot: Snapshot) -> dict[str, Any]:
-    pieces: dict[str, Callable[[], Any] | Any] = {TREE: [json.dumps(snapshot.tree).encode()]}
-    if snapshot.tensors:
-        pieces[STATE] = tensor_file.encode(snapshot.tensors)
-    if snapshot.folder:
-        for name, path in plain_files(snapshot.folder):
-            pieces[FILES + name] = [path.read_bytes()]
-    return pieces
+    def _end_work(self, number: int) -> None:
+        if self.in_work and self.in_work.number <= number:
+            self.in_work = None
 
+    def _restart(self) -> None:
+        self.in_work = None
+        process, self._process = self._process, None
+        assert process is not None
+        if self.fenced:
+            self._connection.close()
+            return
+        status = process.wait()  # its end of the line is closed, so it has ended, or is about to
+        log.warning("the persist process ended status=%s; another is started", status)
+        step = self._newest.step if self._newest else 0
+        self.last_error = f"the persist process ended with status {status}"
+        self._reporter.event("commit-failed", step=step, error=self.last_error)
+        self._connection.close()
 
-def _discard(snapshot: Snapshot) -> None:
-    if snapshot.folder:
-        shutil.rmtree(snapshot.folder, ignore_errors=True)
+    def _start_again(self, seconds: float) -> None:
+        """At once, but not when the last one died at birth: then after a while. Training goes on meanwhile."""
+        left = self._started_at + SHORTEST_LIFE_SECONDS - time.monotonic()
+        if left > 0 or self.fenced:
+            time.sleep(max(0.0, min(left, seconds)))
+            return
+        try:
+            self._start()
+        except OSError as error:
+            self._started_at = time.monotonic()
+            log.warning("no persist process could be started error=%s", error)

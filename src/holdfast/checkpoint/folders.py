@@ -35,7 +35,7 @@ class FolderCommitter:
         """
         if self._checkpoints.superseded(self._attempt):
             raise ConfigError(f"attempt {self._attempt} was replaced by a later one: it commits nothing any more")
-        files = {FILES + name: _pieces(path) for name, path in plain_files(folder)}
+        files = {FILES + name: file_pieces(path) for name, path in plain_files(folder)}
         manifest = {"kind": KIND, "attempt": self._attempt, "step": step, **(extra or {})}
         try:
             size_bytes = self._checkpoints.commit(CheckpointId(self._attempt, step), files, manifest)
@@ -83,7 +83,7 @@ def plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(folder).as_posix(), path
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def file_pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while piece := file.read(PIECE_BYTES):
             yield piece

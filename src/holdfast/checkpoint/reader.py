@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
+from holdfast.checkpoint.folders import FILES
 from holdfast.errors import HoldfastError
 from holdfast.runtime.contract import metrics_prefix
 from holdfast.storage import ObjectStore
-
-STATE, TREE = "state.safetensors", "tree.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,18 @@ def list_checkpoints(store: ObjectStore, run_id: str) -> list[CheckpointInfo]:
 
 
 def tensor_digest(store: ObjectStore, run_id: str) -> str | None:
-    """SHA-256 over the newest checkpoint's tensors (or files), names, shapes and types included; None without one."""
+    """SHA-256 over the checksums of the newest checkpoint's tensors (or files), names, shapes and types included; None
+    without one.
+    """
     infos = [info for info in list_checkpoints(store, run_id) if not info.problem]
     if not infos:
         return None
     objects = infos[-1].metadata["objects"]
-    parts = {name: entry["sha256"] for name, entry in sorted(objects.items()) if name != TREE}
+    parts = {
+        name: entry.get("sha256") or entry["crc32"]
+        for name, entry in sorted(objects.items())
+        if name.startswith(FILES) or not name.endswith(".json")  # trees have times and versions in them
+    }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -111,7 +111,7 @@ class Reporter:
 
 @dataclass(slots=True)
 class HeardNotice:
-    kind: str
+    kind: contract.NoticeKind
     reclaim_at: datetime | None
 
 
@@ -122,6 +122,11 @@ class NoticeFile:
         self._path = path
         self._next_look = 0.0
         self._seen = 0
+
+    @property
+    def seen(self) -> bool:
+        """Was there ever a notice for this machine?"""
+        return self._seen != 0
 
     def news(self) -> HeardNotice | None:
         """A notice that was not returned before."""

@@ -1,75 +1,257 @@
-"""The training state as one consistent copy, and back."""
+"""The training state, taken apart into JSON and live tensors, and put together again."""
 
 from __future__ import annotations
 
+import logging
 import platform
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint.tensors import can_encode
-from holdfast.checkpoint.tree import flatten, unflatten
+from holdfast.checkpoint.components import (
+    difference,
+    kind_of,
+    module_state,
+    numbered_state,
+    optimizer_state,
+    own_name,
+    parameter_names,
+    parameters_of,
+    unwrapped,
+)
+from holdfast.checkpoint.elastic import LearningRateRule, load_loader, reseed, scale_learning_rates
+from holdfast.checkpoint.image import Spec
+from holdfast.checkpoint.shards import Box, is_dtensor, local_part, owners, whole
+from holdfast.checkpoint.tensors import can_encode, dtype_names
+from holdfast.checkpoint.tree import TENSOR, flatten, unflatten
 from holdfast.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SHARED = ("module", "optimizer")
+"""Kinds of components that all ranks have alike; of the others each rank has its own state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor of the state, or this rank's part of it."""
+
+    tensor: Any
+    """Live and plain: the program goes on changing it."""
+    spec: Spec
+    box: Box
+    global_shape: tuple[int, ...]
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    tree: dict[str, Any]
+    leaves: dict[str, Leaf]
+    """Those that this rank writes."""
+
+    def shards(self) -> dict[str, Any]:
+        """What the image's header does not say of parts."""
+        return {
+            name: {"shape": leaf.global_shape, "begin": leaf.box.begin}
+            for name, leaf in self.leaves.items()
+            if leaf.box != whole(leaf.global_shape)
+        }
 
 
 class TrainingState:
     """The objects that make up the state: whatever has `state_dict` and `load_state_dict`, and random generators."""
 
-    def __init__(self, components: Mapping[str, Any], user: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        components: Mapping[str, Any],
+        user: dict[str, Any],
+        rank: int = 0,
+        world_size: int = 1,
+        learning_rate_scaling: LearningRateRule = "none",
+    ) -> None:
         for name, component in components.items():
-            if not _kind(component):
+            if not kind_of(component):
                 raise ConfigError(
                     f"attach({name}=...) is a {type(component).__name__}, which has no state_dict and load_state_dict; "
                     "pass an object that has both, a torch.Generator or a numpy.random.Generator"
                 )
         self._components, self._user = dict(components), user
+        self._rank, self._world_size = rank, world_size
+        self._scaling = learning_rate_scaling
 
-    def copy(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(JSON tree, name -> CPU tensor that shares no memory). Raises ConfigError naming what can't be stored."""
-        tensors: dict[str, Any] = {}
+    @property
+    def components(self) -> Mapping[str, Any]:
+        return self._components
+
+    # -- taking apart -------------------------------------------------------------------------------------------------
+
+    def collect(self) -> Collected:
+        """The state as it is now; the tensors are the live ones. Raises ConfigError naming what can't be stored."""
+        names = parameter_names(self._components)
+        leaves: dict[str, Leaf] = {}
+        alike: dict[str, int] = {}  # name -> bytes, of what every rank has whole
+        known: dict[tuple[Any, ...], str] = {}
         torch = sys.modules.get("torch")
+        dtypes = dtype_names() if torch else {}
 
-        def take(path: str, leaf: Any) -> str:
+        def take(path: str, leaf: Any, shared: bool) -> str:
             if torch is None or not isinstance(leaf, torch.Tensor):
                 return ""
+            leaf = leaf.detach()
+            box, global_shape, writes = whole(leaf.shape), tuple(leaf.shape), True
+            sharded = is_dtensor(leaf)
+            if sharded:
+                leaf, box, writes = local_part(path, leaf)
+                writes = writes and (leaf.numel() > 0 or 0 in global_shape)
             if not can_encode(leaf):
                 raise ConfigError(
                     f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
                     "one of another type"
                 )
-            name = path
-            while name in tensors:
+            # Tied weights are one tensor under two names, and stay one.
+            identity = (leaf.device, leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), global_shape, shared)
+            if leaf.numel() and identity in known:
+                return known[identity]
+            name = path if shared or self._world_size == 1 else f"{path}@{self._rank}"
+            while name in leaves:
                 name += "'"
-            tensors[name] = leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            known[identity] = name
+            spec = Spec(dtypes[leaf.dtype], tuple(leaf.shape))
+            leaves[name] = Leaf(leaf, spec, box, global_shape, writes)
+            if shared and not sharded:
+                alike[name] = spec.size_bytes
             return name
 
-        everything = {
-            "components": {name: _get(component) for name, component in self._components.items()},
-            "user": self._user,
-            "random": _random_states(),
+        def flat(value: Any, path: str, shared: bool) -> Any:
+            return flatten(value, path, lambda at, leaf: take(at, leaf, shared))
+
+        components = {
+            name: flat(self._get(component, names), name, kind_of(component) in SHARED)
+            for name, component in self._components.items()
         }
-        return {name: flatten(part, name, take) for name, part in everything.items()}, tensors
+        tree = {
+            "components": components,
+            "user": flat(self._user, "user", False),
+            "random": flat(_random_states(), "random", False),
+        }
+        if self._world_size > 1:
+            owner = owners(alike, self._world_size)
+            leaves = {
+                name: leaf
+                for name, leaf in leaves.items()
+                if (owner[name] == self._rank if name in owner else leaf.writes)
+            }
+        return Collected(tree, leaves)
 
-    def load(self, tree: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Put everything back but the random states, which are returned: they are due when the loop begins.
+    def _get(self, component: Any, names: Mapping[int, str]) -> Any:
+        match kind_of(component):
+            case "module":
+                return module_state(component)
+            case "optimizer":
+                return optimizer_state(component, names)
+            case "state_dict":
+                return component.state_dict()
+            case "torch-generator":
+                return component.get_state()
+        return component.bit_generator.state
 
-        Raises ConfigError when the state is another architecture's.
+    # -- putting together ---------------------------------------------------------------------------------------------
+
+    def places(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Name -> live tensor that takes what the checkpoint holds under this name, or is sharded as it shall be.
+
+        Raises ConfigError when the state is another architecture's: which parts, which names, which shapes.
         """
-        saved = {name: unflatten(part, tensors.__getitem__) for name, part in tree.items()}
-        here, there = set(self._components), set(saved["components"])
+        here, there = set(self._components), set(tree["components"])
         if here != there:
             raise ConfigError(
                 f"the checkpoint holds {sorted(there)}, but attach() was given {sorted(here)}; pass the same objects"
             )
+        names = parameter_names(self._components)
+        found: dict[str, Any] = {}
         for name, component in self._components.items():
+            saved = tree["components"][name]
+            if kind_of(component) == "module":
+                live = module_state(component)
+                if different := difference(set(live), set(saved)):
+                    raise ConfigError(f"the checkpoint's {name} does not fit the program's: {different}")
+                for key, value in saved.items():
+                    if isinstance(value, dict) and TENSOR in value:
+                        found.setdefault(value[TENSOR], live[key])
+            elif kind_of(component) == "optimizer":
+                by_name = {names[id(one)]: one for one in parameters_of(component) if id(one) in names}
+                for parameter, values in _states_by_parameter(saved):
+                    if parameter in by_name and isinstance(values, dict):
+                        for value in values.values():
+                            if isinstance(value, dict) and TENSOR in value:
+                                found.setdefault(value[TENSOR], by_name[parameter])
+        return found
+
+    def load(
+        self, tree: Mapping[str, Any], tensor: Callable[[str], Any], manifest: Mapping[str, Any], world_size: int
+    ) -> dict[str, Any]:
+        """Put everything back but the random states, which are returned: they are due when the loop begins.
+
+        `world_size`: of the ranks that saved it. In a world of another size each rank gets a random stream of its own,
+        and what belonged to single ranks is the first one's. Raises ConfigError when the state is another architecture's.
+        """
+        names = parameter_names(self._components)
+        for name, component in self._components.items():
+            saved = unflatten(tree["components"][name], tensor)
             try:
-                _set(component, saved["components"][name])
+                if kind_of(component) == "state_dict":
+                    load_loader(name, component, saved, same_world=world_size == self._world_size)
+                else:
+                    self._set(name, component, saved, names)
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"the checkpoint's {name} does not fit the program's: {error}") from error
+        user = unflatten(tree["user"], tensor)
         self._user.clear()
-        self._user.update(saved["user"])
-        return saved["random"]
+        self._user.update(user)
+        self._scale_learning_rates(manifest.get("batch_size"))
+        states: dict[str, Any] = unflatten(tree["random"], tensor)
+        if world_size != self._world_size:
+            seed = int(manifest.get("environment", {}).get("seed", 0))
+            step = int(manifest["step"])
+            log.warning("%d ranks go on where %d were: each has a new random stream", self._world_size, world_size)
+            generators = {
+                name: one
+                for name, one in self._components.items()
+                if kind_of(one) in ("torch-generator", "numpy-generator")
+            }
+            return {"reseed": lambda: reseed(seed, step, self._rank, self._world_size, generators)}
+        return states
+
+    def _scale_learning_rates(self, old: int | None) -> None:
+        new = self.batch_size()
+        if self._scaling == "none" or old == new:
+            return
+        if old is None or new is None:
+            raise ConfigError(
+                f"learning_rate_scaling is {self._scaling!r}, but no component tells the global batch: pass a "
+                "ShuffledBatches or a data loader to attach()"
+            )
+        optimizers = [one for one in self._components.values() if kind_of(one) == "optimizer"]
+        schedulers = [one for one in self._components.values() if hasattr(one, "get_last_lr")]
+        scale_learning_rates(self._scaling, old, new, optimizers, schedulers)
+
+    def _set(self, name: str, component: Any, state: Any, names: Mapping[int, str]) -> None:
+        match kind_of(component):
+            case "module":
+                inner = unwrapped(component)
+                theirs = {own_name(key): key for key in inner.state_dict()}
+                inner.load_state_dict({theirs.get(key, key): value for key, value in state.items()})
+            case "optimizer":
+                component.load_state_dict(numbered_state(name, component, names, state))
+            case "torch-generator":
+                component.set_state(state)
+            case _:
+                component.bit_generator.state = state
+
+    # -- what a checkpoint says of itself -----------------------------------------------------------------------------
 
     def learning_rates(self) -> list[float]:
         return [
@@ -80,8 +262,13 @@ class TrainingState:
         ]
 
     def batch_size(self) -> int | None:
-        sizes = (getattr(component, "batch_size", None) for component in self._components.values())
-        return next((size for size in sizes if isinstance(size, int)), None)
+        """Samples of all ranks together in one step, where a component tells."""
+        for component in self._components.values():
+            for one in (component, getattr(component, "batch_sampler", None)):
+                if isinstance(size := getattr(one, "batch_size", None), int):
+                    # A sampler of ours tells the global batch, a loader of others' that of its rank.
+                    return size if hasattr(one, "world_size") else size * self._world_size
+        return None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -104,7 +291,21 @@ def describe_environment() -> dict[str, Any]:
     return found
 
 
+def names_in(tree: Any) -> list[str]:
+    """Of all the tensors that a flattened state speaks of."""
+    if isinstance(tree, list):
+        return [name for item in tree for name in names_in(item)]
+    if not isinstance(tree, dict):
+        return []
+    if tree.keys() == {TENSOR}:
+        return [tree[TENSOR]]
+    return [name for item in tree.values() for name in names_in(item)]
+
+
 def set_random_states(states: Mapping[str, Any]) -> None:
+    if "reseed" in states:
+        states["reseed"]()
+        return
     random.setstate(states["python"])
     if "numpy" in states:
         import numpy
@@ -129,28 +330,7 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _kind(component: Any) -> str:
-    if callable(getattr(component, "state_dict", None)) and callable(getattr(component, "load_state_dict", None)):
-        return "state_dict"
-    if callable(getattr(component, "get_state", None)) and callable(getattr(component, "set_state", None)):
-        return "torch-generator"
-    return "numpy-generator" if hasattr(component, "bit_generator") else ""
-
-
-def _get(component: Any) -> Any:
-    match _kind(component):
-        case "state_dict":
-            return component.state_dict()
-        case "torch-generator":
-            return component.get_state()
-    return component.bit_generator.state
-
-
-def _set(component: Any, state: Any) -> None:
-    match _kind(component):
-        case "state_dict":
-            component.load_state_dict(state)
-        case "torch-generator":
-            component.set_state(state)
-        case _:
-            component.bit_generator.state = state
+def _states_by_parameter(saved: Any) -> list[tuple[Any, Any]]:
+    """An optimizer's state in its flat form: with names for keys it is an object, with numbers a list of pairs."""
+    states = saved.get("state", {}) if isinstance(saved, dict) else {}
+    return list(states.items()) if isinstance(states, dict) and not states.keys() & {"$pairs"} else []

@@ -1,21 +1,14 @@
-"""Tensors as one file in the safetensors layout: https://github.com/huggingface/safetensors#format
-
-Eight bytes with the header's length, a JSON header with every tensor's type, shape and place, then the bytes.
-"""
+"""Elements of tensors by the names that the safetensors layout has for them."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator, Mapping
+import functools
 from typing import Any
 
-from holdfast.errors import DamagedCheckpointError
 
-ALIGNMENT = 64
-
-
-def _dtypes() -> dict[Any, str]:
+@functools.cache
+def dtype_names() -> dict[Any, str]:
+    """torch.dtype -> name."""
     import torch
 
     names = {
@@ -26,55 +19,21 @@ def _dtypes() -> dict[Any, str]:
     return {getattr(torch, torch_name): name for torch_name, name in names.items() if hasattr(torch, torch_name)}
 
 
+@functools.cache
+def dtypes() -> dict[str, Any]:
+    """Name -> torch.dtype."""
+    return {name: dtype for dtype, name in dtype_names().items()}
+
+
 def can_encode(tensor: Any) -> bool:
     """Is it dense, and of a type that the layout knows?"""
     import torch
 
-    return tensor.layout is torch.strided and tensor.dtype in _dtypes()
+    return tensor.layout is torch.strided and tensor.dtype in dtype_names()
 
 
-def encode(tensors: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
-    """The file piece by piece, straight from the memory of contiguous CPU tensors."""
+def as_bytes(tensor: Any) -> Any:
+    """The same memory as uint8[size_bytes], of a contiguous tensor."""
     import torch
 
-    dtypes = _dtypes()
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, which the safetensors layout does not know")
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": dtypes[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def decode(data: bytes) -> dict[str, Any]:
-    """Name -> tensor, each in memory of its own. Raises DamagedCheckpointError."""
-    import torch
-
-    by_name = {name: dtype for dtype, name in _dtypes().items()}
-    try:
-        (length,) = struct.unpack_from("<Q", data)
-        header = json.loads(data[8 : 8 + length])
-        body = memoryview(data)[8 + length :]
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":  # the layout's place for remarks; other tools make some
-                continue
-            start, end = entry["data_offsets"]
-            raw = bytearray(body[start:end])
-            flat = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-            tensors[name] = flat.view(by_name[entry["dtype"]]).reshape(entry["shape"])
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise DamagedCheckpointError(f"not a safetensors file: {error}") from error
-    return tensors
+    return tensor.reshape(-1).view(torch.uint8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import random
 import secrets
 import time
@@ -128,6 +129,11 @@ class CloudStore:
             self._persist("get", key, lambda: self._attributes(key, path))
             return b""
         return self._read(key, start, None if length < 0 else start + length)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        data = self.get_range(key, start, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     @interruptible
     def list(self, prefix: str) -> list[ObjectInfo]:
@@ -297,8 +303,9 @@ class _Source:
 
     def _at_most_a_part(self, view: memoryview) -> Iterator[Data]:
         # All parts of a larger piece obstore would send at once. It keeps a piece while it asks for the next, and the
-        # source may fill the same memory again: only bytes stay what they are.
-        keeps = isinstance(view.obj, bytes)
+        # source may fill the same memory again: only bytes stay what they are, and mapped memory, which here is a
+        # snapshot that is locked for as long as it is written.
+        keeps = isinstance(view.obj, bytes | mmap.mmap)
         for start in range(0, len(view), self._part_bytes):
             piece = view[start : start + self._part_bytes]
             yield piece if keeps else bytes(piece)

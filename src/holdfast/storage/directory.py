@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from holdfast.errors import AlreadyExistsError, NotFoundError, TransientError
+from holdfast.storage.direct_io import read_direct, write_direct
 from holdfast.storage.keys import STAGED_SUFFIX, check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
 
@@ -53,6 +54,18 @@ class DirectoryStore:
             with open(self._path(key), "rb") as file:
                 file.seek(start)
                 return file.read(length)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise NotFoundError(f"{key} is not in {self.url}") from None
+        except OSError as error:
+            raise TransientError(f"{self.url}: can't read {key}: {error}") from error
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        try:
+            file = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return read_direct(file, start, buffer)
+            finally:
+                os.close(file)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise NotFoundError(f"{key} is not in {self.url}") from None
         except OSError as error:
@@ -105,7 +118,7 @@ class DirectoryStore:
             file = _open_in_new_folder(staged)
             try:
                 for chunk in chunks:
-                    _write_all(file, chunk)
+                    write_direct(file, chunk)
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -136,12 +149,6 @@ def _open_in_new_folder(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     raise FileNotFoundError(f"{path.parent} disappears as fast as it is made")
-
-
-def _write_all(file: int, chunk: Data) -> None:
-    rest = memoryview(chunk).cast("B")
-    while rest:
-        rest = rest[os.write(file, rest) :]
 
 
 def _sync_folder(folder: Path) -> None:

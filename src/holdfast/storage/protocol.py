@@ -32,6 +32,12 @@ class ObjectStore(Protocol):
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """`length` bytes from `start`; fewer at the end of the object. Raises NotFoundError, TransientError."""
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `start`; how many there were, fewer only at the end of the object.
+
+        Raises NotFoundError, TransientError.
+        """
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         """Every object whose key starts with `prefix`, in the order of their keys. Raises TransientError."""
 

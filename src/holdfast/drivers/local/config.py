@@ -31,6 +31,9 @@ class Fate(Strict):
     )
     delay_seconds: Seconds = Field(0.0, title="Delay (wall seconds)", description="Between the trigger and the taking.")
     notice: bool = Field(True, title="Notice", description="Announced 120 s (AWS) or 30 s (GCP) before, or not at all.")
+    notice_seconds: Seconds | None = Field(
+        None, title="Notice (seconds)", description="So long before instead: a cloud's notice is best effort."
+    )
     rebalance_seconds_before: Seconds | None = Field(
         None, title="Rebalance (seconds)", description="A rebalance recommendation comes so long before the notice."
     )

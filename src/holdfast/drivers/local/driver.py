@@ -118,7 +118,9 @@ class LocalDriver:
                 "launched_at": self.clock.now().isoformat(),
                 "clock": clock_to_text(self.clock),
                 "dialect": zone.dialect,
-                "notice_seconds": catalogue.NOTICE_SECONDS[zone.dialect],
+                "notice_seconds": (
+                    catalogue.NOTICE_SECONDS[zone.dialect] if fate.notice_seconds is None else fate.notice_seconds
+                ),
                 "shutdown_grace_seconds": self._config.shutdown_grace_seconds,
                 "fate": fate.model_dump(),
             }

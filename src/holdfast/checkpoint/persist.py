@@ -1,0 +1,437 @@
+"""The persist process: makes snapshots durable out of shared memory, one at a time, always the newest.
+
+A process of its own, without PyTorch, so that the training's interpreter never waits for it. It outlives a training
+process that crashes for as long as the commit it has begun takes, and the machine's end ends it.
+
+    python -m holdfast.checkpoint.persist FILE      FILE: number of a connected socket, inherited
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.commits import STATE, TREE, CheckpointId, Checkpoints, rank_name
+from holdfast.checkpoint.folders import FILES, file_pieces, plain_files
+from holdfast.checkpoint.reporting import Reporter, Surroundings
+from holdfast.checkpoint.slots import Slot
+from holdfast.errors import AlreadyExistsError, HoldfastError, TransientError
+from holdfast.runtime.contract import PERSISTING_LOCK, metrics_prefix
+from holdfast.storage import ObjectStore, open_store
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+ORPHAN_SECONDS = 60.0
+"""How long it goes on trying when the training process is gone."""
+PARTS_SECONDS = 600.0
+"""How long the publishing rank waits for the others' parts."""
+NICENESS = 10
+LINE_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process's place among those that save one state together."""
+
+    rank: int = 0
+    world_size: int = 1
+    token: str = ""
+    """Drawn anew whenever the ranks start: parts of an earlier start never mix with ours."""
+    tells: bool = True
+    """Is it the one of its machine that reports?"""
+
+    @property
+    def publishes(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(slots=True)
+class Offer:
+    number: int
+    slot: Slot
+    step: int
+    began: float
+    """time.monotonic() when the snapshot was begun: one clock for all processes of a machine."""
+    hold_seconds: float
+    folder: Path | None = None
+
+
+@dataclass(slots=True)
+class Orders:
+    """What the training process says first."""
+
+    ranks: Ranks
+    max_to_keep: int
+    budget_seconds: float
+    """A save that takes longer (wall) is said to be late."""
+    parent: CheckpointId | None = None
+
+
+@dataclass
+class Persister:
+    store: ObjectStore
+    run_id: str
+    attempt: int
+    orders: Orders
+    reporter: Reporter
+    speed: float
+    tell: Callable[[dict[str, Any]], None]
+    """Says to the training process what became of a snapshot; must not raise."""
+    fenced: bool = False
+    _waiting: Offer | None = None
+    _orphaned_at: float | None = None
+    _unconfirmed: list[tuple[CheckpointId, float, dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._checkpoints = Checkpoints(self.store, self.run_id)
+        self._changed = threading.Condition()
+
+    # -- from the thread that listens ---------------------------------------------------------------------------------
+
+    def offer(self, offer: Offer) -> None:
+        """Commit this one next; an older one that still waits is dropped."""
+        with self._changed:
+            dropped, self._waiting = self._waiting, offer
+            self._changed.notify_all()
+        if dropped:
+            _discard(dropped)
+
+    def orphan(self) -> None:
+        """The training process is gone: finish what there is, and end."""
+        with self._changed:
+            self._orphaned_at = time.monotonic()
+            self._changed.notify_all()
+
+    # -- the work -----------------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Until the training process is gone and everything it offered is durable, or time for that is up."""
+        pause = FIRST_PAUSE_SECONDS
+        while not self.fenced:
+            with self._changed:
+                self._changed.wait_for(self._has_work, 0.1 if self._unconfirmed else None)
+                offer, self._waiting = self._waiting, None
+            if offer is None:
+                self._confirm()
+                if self._orphaned_at is not None and (not self._unconfirmed or self._out_of_time):
+                    return
+                continue
+            if offer.slot.closed:
+                _discard(offer)
+                continue
+            if not offer.slot.take():
+                self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
+                continue
+            try:
+                failed = self._try(offer) if offer.slot.number == offer.number else None
+            finally:
+                offer.slot.give_back()
+                if offer.slot.retired:
+                    offer.slot.close()
+            if failed is None:
+                pause = FIRST_PAUSE_SECONDS
+                _discard(offer)
+                continue
+            self.tell({"kind": "failed", "number": offer.number, "step": offer.step, "error": failed})
+            if self._out_of_time:
+                return
+            self._again(offer, pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _has_work(self) -> bool:
+        return self._waiting is not None or self._orphaned_at is not None
+
+    @property
+    def _out_of_time(self) -> bool:
+        return self._orphaned_at is not None and time.monotonic() - self._orphaned_at > ORPHAN_SECONDS
+
+    def _again(self, offer: Offer, seconds: float) -> None:
+        """After a pause, unless a newer one comes meanwhile."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._waiting is not None, seconds):
+                self._waiting = offer
+                return
+        _discard(offer)
+
+    def _try(self, offer: Offer) -> str | None:
+        """Why the snapshot could not be made durable; None when it could."""
+        late = threading.Timer(
+            max(0.0, offer.began + self.orders.budget_seconds - time.monotonic()), self._say_late, [offer]
+        )
+        late.daemon = True
+        late.start()
+        try:
+            self._commit(offer)
+        except Exception as error:  # whatever it is: it must not end this process, and must not go unsaid
+            said = str(error) or repr(error)
+            log.warning("commit failed step=%s error=%r", offer.step, error)
+            self.reporter.event("commit-failed", step=offer.step, error=said)
+            return said
+        finally:
+            late.cancel()
+        return None
+
+    def _say_late(self, offer: Offer) -> None:
+        seconds = time.monotonic() - offer.began
+        self.reporter.event(
+            "commit-late",
+            step=offer.step,
+            seconds=seconds * self.speed,
+            budget_seconds=self.orders.budget_seconds * self.speed,
+        )
+
+    def _commit(self, offer: Offer) -> None:
+        if self._checkpoints.superseded(self.attempt):
+            self.fenced = True
+            self.tell({"kind": "fenced"})
+            return
+        began = time.monotonic()
+        self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": began})
+        checkpoint = CheckpointId(self.attempt, offer.step)
+        self._phase("commit", offer.step)
+        words = json.loads(offer.slot.words())
+        self._write_metrics(checkpoint, words.pop("metrics", []))
+        objects = self._write_objects(checkpoint, offer, words.pop("tree"))
+        facts = {
+            "number": offer.number,
+            "step": offer.step,
+            "bytes": sum(entry["size_bytes"] for entry in objects.values()),
+            "hold_seconds": offer.hold_seconds,
+            "began": offer.began,
+            "commit_began": began,
+        }
+        ranks = self.orders.ranks
+        if ranks.world_size > 1:
+            self._checkpoints.write_part(checkpoint, rank_name(ranks.rank, ranks.token), objects)
+            self.tell({"kind": "part", "number": offer.number, "step": offer.step})
+        if not ranks.publishes:
+            self._unconfirmed.append((checkpoint, time.monotonic() + PARTS_SECONDS, facts))
+            self._confirm()
+            return
+        if ranks.world_size > 1:
+            offer.slot.give_back()  # it is durable; what is waited for is the others'
+            objects = self._all_parts(checkpoint)
+            facts["bytes"] = sum(entry["size_bytes"] for entry in objects.values())
+        manifest = {"kind": "state", "parent": str(self.orders.parent) if self.orders.parent else None, **words}
+        with contextlib.suppress(AlreadyExistsError):  # this very step was committed before
+            self._checkpoints.publish(checkpoint, objects, {**manifest, "ranks": self._rank_objects()})
+        self._committed(checkpoint, facts)
+        self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
+
+    def _rank_objects(self) -> list[dict[str, str]]:
+        ranks = self.orders.ranks
+        if ranks.world_size == 1:
+            return [{"tree": TREE, "state": STATE}]
+        names = [rank_name(rank, ranks.token) for rank in range(ranks.world_size)]
+        return [{"tree": f"{name}.json", "state": f"{name}.safetensors"} for name in names]
+
+    def _write_objects(self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any]) -> dict[str, Any]:
+        ranks = self.orders.ranks
+        names = self._rank_objects()[ranks.rank]
+        text = json.dumps(tree, separators=(",", ":")).encode()
+        objects = {names["tree"]: self._checkpoints.write(checkpoint, names["tree"], [text])}
+        image = offer.slot.image()
+        if len(image):
+            objects[names["state"]] = self._checkpoints.write_image(checkpoint, names["state"], image)
+        if offer.folder and ranks.publishes:
+            for name, path in plain_files(offer.folder):
+                objects[FILES + name] = self._checkpoints.write(checkpoint, FILES + name, file_pieces(path))
+        return objects
+
+    def _write_metrics(self, checkpoint: CheckpointId, metrics: list[tuple[int, Mapping[str, float]]]) -> None:
+        """Durable before the manifest: a committed step never lacks its metrics."""
+        if metrics:
+            lines = [json.dumps({"step": step, "attempt": self.attempt, "metrics": values}) for step, values in metrics]
+            self.store.put(f"{metrics_prefix(self.run_id)}{checkpoint}.jsonl", "\n".join(lines).encode())
+
+    def _all_parts(self, checkpoint: CheckpointId) -> dict[str, Any]:
+        """Every rank's objects, once all are durable. Raises TransientError when a rank's never come."""
+        ranks = self.orders.ranks
+        wanted = {rank_name(rank, ranks.token) for rank in range(ranks.world_size)}
+        give_up_at, pause = time.monotonic() + PARTS_SECONDS, 0.02
+        while True:
+            parts = self._checkpoints.read_parts(checkpoint)
+            if wanted <= parts.keys():
+                return {name: entry for rank in sorted(wanted) for name, entry in parts[rank].items()}
+            if time.monotonic() > give_up_at or self._out_of_time:
+                raise TransientError(
+                    f"{checkpoint}: {', '.join(sorted(wanted - parts.keys()))} did not save their parts"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _confirm(self) -> None:
+        """Have the checkpoints that others publish come to be?"""
+        for entry in list(self._unconfirmed):
+            checkpoint, give_up_at, facts = entry
+            with contextlib.suppress(HoldfastError):
+                if self._checkpoints.exists(checkpoint):
+                    self._unconfirmed.remove(entry)
+                    self._committed(checkpoint, facts)
+                    continue
+            if time.monotonic() > give_up_at:
+                self._unconfirmed.remove(entry)
+
+    def _committed(self, checkpoint: CheckpointId, facts: Mapping[str, Any]) -> None:
+        self.orders.parent = checkpoint
+        self._phase("committed", checkpoint.step)
+        now = time.monotonic()
+        seconds, hold = now - facts["commit_began"], facts["hold_seconds"]
+        if self.orders.ranks.tells:
+            self.reporter.event(
+                "committed",
+                step=checkpoint.step,
+                bytes=facts["bytes"],
+                snapshot_seconds=hold * self.speed,
+                stall_seconds=hold * self.speed,
+                wall_stall_seconds=hold,
+                commit_seconds=seconds * self.speed,
+                wall_commit_seconds=seconds,
+                wall_durable_seconds=now - facts["began"],
+            )
+        self.tell(
+            {
+                "kind": "committed",
+                "number": facts["number"],
+                "step": checkpoint.step,
+                "bytes": facts["bytes"],
+                "commit_seconds": seconds,
+                "durable_seconds": now - facts["began"],
+            }
+        )
+
+    def _phase(self, name: str, step: int) -> None:
+        if self.orders.ranks.tells:
+            self.reporter.phase(name, step)
+
+
+def _discard(offer: Offer) -> None:
+    if offer.folder:
+        shutil.rmtree(offer.folder, ignore_errors=True)
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Talks with committer.py's `Committer`: lines of JSON, and the slots' memory as files."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # an orderly shutdown leaves time, and that is what it is for
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    around = Surroundings.from_environment()
+    assert around
+    with held_open(around):
+        listener = Listener(connection)
+        orders = listener.orders()
+        if orders is None:
+            return 0
+        persister = Persister(
+            open_store(around.store_url),
+            around.run_id,
+            around.attempt,
+            orders,
+            Reporter(around),
+            around.clock.speed,
+            listener.tell,
+        )
+        threading.Thread(target=listener.listen, args=(persister,), daemon=True).start()
+        persister.work()
+    return 0
+
+
+@contextlib.contextmanager
+def held_open(around: Surroundings) -> Any:
+    """While this is held, the machine's agent does not end the machine: a commit may be under way."""
+    if around.telemetry is None:
+        yield
+        return
+    with open(around.telemetry.with_name(PERSISTING_LOCK), "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+class Listener:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._slots: list[Slot] = []
+        self._rest, self._files = b"", []
+        self._lock = threading.Lock()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def orders(self) -> Orders | None:
+        for message in self._messages():
+            parent = message["parent"]
+            return Orders(
+                ranks=Ranks(**message["ranks"]),
+                max_to_keep=message["max_to_keep"],
+                budget_seconds=message["budget_seconds"],
+                parent=CheckpointId.parse(parent) if parent else None,
+            )
+        return None
+
+    def listen(self, persister: Persister) -> None:
+        for message in self._messages():
+            if message["kind"] == "offer":
+                folder = message["folder"]
+                persister.offer(
+                    Offer(
+                        number=message["number"],
+                        slot=self._slots[message["slot"]],
+                        step=message["step"],
+                        began=message["began"],
+                        hold_seconds=message["hold_seconds"],
+                        folder=Path(folder) if folder else None,
+                    )
+                )
+        persister.orphan()
+
+    def _messages(self) -> Any:
+        """Each whole line; the files that come with the word 'slots' become our slots. Ends with the connection."""
+        while True:
+            while b"\n" in self._rest:
+                line, _, self._rest = self._rest.partition(b"\n")
+                message = json.loads(line)
+                if message["kind"] == "slots":
+                    self._renew(message["sizes"])
+                    continue
+                yield message
+            try:
+                data, more, _, _ = socket.recv_fds(self._connection, LINE_BYTES, 8)
+            except OSError:
+                return
+            if not data:
+                return
+            self._files += more
+            self._rest += data
+
+    def _renew(self, sizes: list[int]) -> None:
+        """An earlier slot is closed here, or by whoever is making its snapshot durable."""
+        for slot in self._slots:
+            slot.retired = True
+            if slot.take():
+                slot.close()
+        self._slots = [Slot(file, size) for file, size in zip(self._files, sizes, strict=True)]
+        self._files = []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

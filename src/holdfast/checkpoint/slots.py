@@ -1,0 +1,125 @@
+"""Shared memory that a training process fills and its persist process reads: two slots, each with a lock of its own.
+
+The lock is the slot's: whoever holds it fills it or makes it durable. It is a lock of the kernel's (flock), so a process
+that is killed gives it back; a snapshot that was being written then has no number, and nobody takes it for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+
+PAGE_BYTES = 4096
+HEAD = struct.Struct("<QQQ")  # number of the snapshot (0: none), bytes of the image, bytes of the words
+MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # linux/mman.h
+
+
+class Slot:
+    """One snapshot: a page with its sizes, the image, and words (JSON). The image begins on a page: direct I/O wants it."""
+
+    def __init__(self, file: int, capacity_bytes: int) -> None:
+        """Takes the file over. Another process opens the same memory by `Slot(os.dup(file), capacity_bytes)`."""
+        self.capacity_bytes = capacity_bytes
+        self.closed = self.retired = False
+        self._file = file
+        # The lock belongs to an open file, and a file that was handed on is the same one: so each opens it anew.
+        anew = f"/proc/self/fd/{file}"
+        self._lock = os.open(anew, os.O_RDWR | os.O_CLOEXEC) if os.path.exists(anew) else file
+        self._map = mmap.mmap(file, capacity_bytes)
+        self.memory = memoryview(self._map)
+
+    @classmethod
+    def make(cls, image_bytes: int, words_bytes: int) -> Slot:
+        """Room for so much. Raises OSError when there is no memory for it."""
+        capacity = PAGE_BYTES + _pages(image_bytes) + _pages(words_bytes)
+        if hasattr(os, "memfd_create"):
+            file = os.memfd_create("holdfast-snapshot", os.MFD_CLOEXEC)
+        else:  # macOS
+            with tempfile.TemporaryFile() as made:
+                file = os.dup(made.fileno())
+        os.ftruncate(file, capacity)
+        slot = cls(file, capacity)
+        _advise(slot._map, MADV_HUGEPAGE)
+        return slot
+
+    def fileno(self) -> int:
+        return self._file
+
+    def fits(self, image_bytes: int, words_bytes: int) -> bool:
+        return PAGE_BYTES + _pages(image_bytes) + words_bytes <= self.capacity_bytes
+
+    def prefault(self) -> None:
+        """Have the memory ready before it is needed: its first touch costs ten times the copy. Lets other threads run."""
+        _advise(self._map, MADV_POPULATE_WRITE)
+
+    def take(self, wait: bool = False) -> bool:
+        """Lock it; False when the other process has it (never, with `wait`), or when it is closed."""
+        if self.closed:
+            return False
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def give_back(self) -> None:
+        if not self.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    # -- what is in it; only for whoever has taken it -----------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """Of the snapshot; 0 when there is none, or when it was never completed."""
+        return int(HEAD.unpack_from(self._map)[0])
+
+    def clear(self) -> None:
+        HEAD.pack_into(self._map, 0, 0, 0, 0)
+
+    def image(self, size_bytes: int | None = None) -> memoryview:
+        size = HEAD.unpack_from(self._map)[1] if size_bytes is None else size_bytes
+        return self.memory[PAGE_BYTES : PAGE_BYTES + size]
+
+    def words(self) -> bytes:
+        _, image_bytes, words_bytes = HEAD.unpack_from(self._map)
+        start = PAGE_BYTES + _pages(image_bytes)
+        return bytes(self.memory[start : start + words_bytes])
+
+    def complete(self, number: int, image_bytes: int, words: bytes) -> None:
+        """The image is whole. Its number comes last: until then there is no snapshot here."""
+        start = PAGE_BYTES + _pages(image_bytes)
+        self._map[start : start + len(words)] = words
+        HEAD.pack_into(self._map, 0, 0, image_bytes, len(words))
+        HEAD.pack_into(self._map, 0, number, image_bytes, len(words))
+
+    def close(self) -> None:
+        """Views of its memory that are still in use keep it mapped."""
+        self.closed = True
+        with contextlib.suppress(BufferError):
+            self.memory.release()
+            self._map.close()
+        for file in {self._file, self._lock}:
+            os.close(file)
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    """Through ctypes: mmap.madvise knows neither, and holds the interpreter's lock. A kernel that refuses is no error."""
+    libc = ctypes.CDLL(None)
+    madvise: Callable[..., int] | None = getattr(libc, "madvise", None)
+    if madvise is None:
+        return
+    anchor = ctypes.c_char.from_buffer(memory)
+    try:
+        madvise(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(len(memory)), ctypes.c_int(advice))
+    finally:
+        del anchor

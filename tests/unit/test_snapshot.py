@@ -1,0 +1,249 @@
+"""Snapshots that overlap the next step are of one moment all the same, whatever the program does meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.checkpoint.image import read_places
+from holdfast.checkpoint.slots import Slot
+from holdfast.checkpoint.snapshot import Snapshot, Snapshots
+from holdfast.checkpoint.state import TrainingState, names_in
+from holdfast.checkpoint.tensors import dtypes
+
+
+class Training:
+    """A model, its optimizer, and snapshots of both; `seen` is what the last complete snapshot holds."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any = None, user: dict[str, Any] | None = None) -> None:
+        self.model = model
+        self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.1)
+        self.offered: list[Snapshot] = []
+        self.renewed: list[list[Slot]] = []
+        components = {"model": model, "optimizer": self.optimizer}
+        self.snapshots = Snapshots(
+            TrainingState(components, user or {}), self.offered.append, lambda slots: self.renewed.append(slots)
+        )
+
+    def gradients(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.ones(1, 8)).sum().backward()
+
+    def step(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+
+    def live(self) -> dict[str, torch.Tensor]:
+        found = {f"model.{name}": value.clone() for name, value in self.model.state_dict().items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                found[f"optimizer.state.model.{names[id(parameter)]}.{key}"] = value.clone()
+        return found
+
+    def seen(self) -> dict[str, torch.Tensor]:
+        slot = self.offered[-1].slot
+        assert slot.take() and slot.number == self.offered[-1].number
+        data = bytes(slot.image())
+        slot.give_back()
+        return {
+            name: torch.frombuffer(bytearray(data[place.start : place.stop] or b"\0"), dtype=torch.uint8)[
+                : place.stop - place.start
+            ]
+            .view(dtypes()[place.spec.dtype])
+            .reshape(place.spec.shape)
+            for name, place in read_places(data, len(data)).items()
+            if not name.startswith("random.")
+        }
+
+    def words(self) -> dict[str, Any]:
+        slot = self.offered[-1].slot
+        slot.take(wait=True)
+        try:
+            return dict(json.loads(slot.words()))
+        finally:
+            slot.give_back()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def wide() -> torch.nn.Module:
+    """Large enough that its copy is left to the thread."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 4096), torch.nn.BatchNorm1d(4096).eval(), torch.nn.Linear(4096, 64))
+
+
+@pytest.fixture
+def training() -> Iterator[Training]:
+    made = Training(wide())
+    made.step()
+    yield made
+    made.snapshots.close()
+
+
+def test_the_optimizer_waits_for_the_copy_and_forward_and_backward_do_not(training: Training) -> None:
+    expected = training.live()
+    snapshot = training.snapshots.take(1, {})
+    assert snapshot
+    training.gradients()
+    training.optimizer.step()
+    assert not training.snapshots.in_progress
+    assert same(training.seen(), expected) and not same(training.live(), expected)
+
+
+@pytest.mark.parametrize("round", range(5))
+def test_every_snapshot_of_a_run_is_of_its_own_moment(training: Training, round: int) -> None:
+    for step in range(1, 20):
+        expected = training.live()
+        assert training.snapshots.take(step, {})
+        training.step()
+        assert same(training.seen(), expected), step
+
+
+def test_buffers_change_in_forward_and_are_copied_at_once() -> None:
+    made = Training(torch.nn.Sequential(torch.nn.Linear(8, 4096), torch.nn.BatchNorm1d(4096)))
+    made.gradients = lambda: (made.optimizer.zero_grad(), made.model(torch.randn(4, 8)).sum().backward())  # type: ignore
+    made.step()
+    expected = made.live()
+    made.snapshots.take(1, {})
+    made.step()
+    assert same(made.seen(), expected)
+    assert not torch.equal(made.live()["model.1.running_mean"], expected["model.1.running_mean"])
+
+
+def test_a_program_that_changes_parameters_itself_is_found_out_by_their_version(training: Training) -> None:
+    training.snapshots.take(1, {})
+    training.step()  # nobody touched them: from now on only versions are looked at
+    training.snapshots.take(2, {})
+    with torch.no_grad():
+        training.model[0].weight.mul_(0.9)
+    training.step()
+    assert "outside the optimizer's step" in str(training.snapshots.failure)
+    training.snapshots.failure = None
+    expected = training.live()
+    training.snapshots.take(3, {})
+    with torch.no_grad():
+        training.model[0].weight.mul_(0.9)
+    assert training.snapshots.failure is None
+    assert training.offered[-1].step == 3 and same(training.seen(), expected)
+
+
+def test_and_by_a_comparison_where_versions_say_nothing(training: Training) -> None:
+    training.snapshots.take(1, {})
+    training.offered.clear()
+    training.snapshots._current.done.wait()  # the copy is over, and what comes now is not in it
+    training.model[0].weight.data.mul_(0.9)
+    training.step()
+    assert training.snapshots.failure is not None and training.offered == []
+
+
+def test_a_failure_gives_the_slot_back(training: Training) -> None:
+    for _ in range(5):
+        training.snapshots.take(1, {})
+        with torch.no_grad():
+            training.model[0].weight.add_(0)
+        training.snapshots.hold()
+        training.snapshots._overlap = True
+        assert training.snapshots.failure is not None
+        training.snapshots.failure = None
+
+
+def test_any_optimizer_s_step_waits_for_the_copy(training: Training) -> None:
+    """One that was never attached changes the same parameters."""
+    other = torch.optim.SGD(training.model.parameters(), lr=1.0)
+    expected = training.live()
+    training.snapshots.take(1, {})
+    training.gradients()
+    other.step()
+    assert same(training.seen(), expected)
+
+
+def test_without_an_optimizer_the_training_is_held_up() -> None:
+    weights = torch.zeros(100_000)
+    offered: list[Snapshot] = []
+    snapshots = Snapshots(TrainingState({}, {"weights": weights}), offered.append, lambda slots: None)
+    snapshots.take(1, {})
+    assert len(offered) == 1 and not snapshots.in_progress
+
+
+def test_a_state_that_changes_its_shape_gets_other_slots(training: Training) -> None:
+    training.snapshots.take(1, {})
+    training.step()
+    more = torch.nn.Linear(64, 2048)
+    training.model.append(more)
+    training.optimizer.add_param_group({"params": list(more.parameters())})
+    training.step()
+    expected = training.live()
+    training.snapshots.take(2, {})
+    training.step()
+    assert same(training.seen(), expected)
+    assert len(training.renewed) == 2 and all(slot.closed for slot in training.renewed[0])
+
+
+def test_tied_weights_are_stored_once_and_stay_tied() -> None:
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(64, 8), "head": torch.nn.Linear(8, 64, bias=False)})
+    model["head"].weight = model["embed"].weight
+    state = TrainingState({"model": model}, {"same": model["embed"].weight.detach()})
+    collected = state.collect()
+    assert [name for name in collected.leaves if not name.startswith("random")] == ["model.embed.weight", "user.same"]
+    tree = collected.tree["components"]["model"]
+    assert tree["embed.weight"] == tree["head.weight"] == {"$tensor": "model.embed.weight"}
+    assert set(names_in(collected.tree["components"])) == {"model.embed.weight"}
+
+
+def test_views_that_overlap_are_stored_as_what_they_show() -> None:
+    base = torch.arange(10.0)
+    user = {"all": base, "tail": base[4:], "steps": base[::2], "turned": base.view(2, 5).T}
+    offered: list[Snapshot] = []
+    Snapshots(TrainingState({}, user), offered.append, lambda slots: None).take(1, {})
+    slot = offered[0].slot
+    slot.take()
+    data = bytes(slot.image())
+    for name, place in read_places(data, len(data)).items():
+        if name.startswith("user."):
+            shown = torch.frombuffer(bytearray(data[place.start : place.stop]), dtype=torch.float32)
+            assert torch.equal(shown.reshape(place.spec.shape), user[name.removeprefix("user.")])
+
+
+def test_a_parameter_that_is_no_number_is_like_itself(training: Training) -> None:
+    with torch.no_grad():
+        training.model[2].bias.fill_(float("nan"))
+    training.snapshots.take(1, {})
+    training.step()
+    assert training.snapshots.failure is None and len(training.offered) == 1
+
+
+def test_words_of_any_length_are_kept(training: Training) -> None:
+    for count in (10, 100_000):
+        training.snapshots.take(1, {"metrics": [[step, {"loss": 0.5}] for step in range(count)]})
+        training.step()
+        assert len(training.words()["metrics"]) == count
+
+
+def test_a_slot_that_is_being_made_durable_is_left_alone(training: Training) -> None:
+    training.snapshots.take(1, {})
+    training.step()
+    import os
+
+    slot = training.offered[0].slot
+    theirs = Slot(os.dup(slot.fileno()), slot.capacity_bytes)
+    assert theirs.take()
+    before = bytes(theirs.memory)
+    for step in range(2, 5):
+        training.snapshots.take(step, {})
+        training.step()
+        assert training.offered[-1].slot is not slot
+    assert bytes(theirs.memory) == before
+    threading.Timer(0.1, theirs.give_back).start()
+    other = training.offered[-1].slot
+    held = Slot(os.dup(other.fileno()), other.capacity_bytes)
+    assert held.take()
+    assert training.snapshots.take(5, {}) is None
+    assert training.snapshots.take(5, {}, wait=True)

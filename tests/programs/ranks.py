@@ -35,7 +35,7 @@ kept = sorted(KEPT.glob("*.json"))
 state = json.loads(kept[-1].read_text()) if kept else {"step": 0, "ranks": []}
 tell("resumed", step=state["step"], load_seconds=0.0, checkpoint="")
 print(f"attempt {ATTEMPT} rank {rank} of {world} on {MEMBER} from step {state['step']}", flush=True)
-if os.environ.get("FAIL_AT") and rank == world - 1:
+if os.environ.get("FAIL") and rank == world - 1:
     sys.exit("this rank fails")
 
 

@@ -29,7 +29,7 @@ from holdfast.ledger.billing import add_usd
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.fleet_summary import summarise_fleet
 from holdfast.ledger.journal import Journal
-from holdfast.model import FleetJob, Resources
+from holdfast.model import FleetJob, GangJob, Resources
 from holdfast.runtime.contract import journal_prefix, lease_key
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.fleet_opening import open_fleet_run
@@ -177,10 +177,12 @@ def test_too_many_replacements_end_the_run(folder: Path, store: DirectoryStore) 
     assert_nothing_left(driver)
 
 
-def orchestrator(folder: Path, api: str, job: FleetJob, account: str) -> subprocess.Popen[str]:
-    (folder / "fleet.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+def orchestrator(
+    folder: Path, api: str, job: FleetJob | GangJob, account: str, command: str = "fleet"
+) -> subprocess.Popen[str]:
+    (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     return subprocess.Popen(
-        [sys.executable, "-m", "flows", "fleet", "fleet.yaml", "--run-id", job.name, "--account", account],
+        [sys.executable, "-m", "flows", command, "job.yaml", "--run-id", job.name, "--account", account],
         cwd=folder,
         env={**os.environ, "PREFECT_API_URL": api, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,

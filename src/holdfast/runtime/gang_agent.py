@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -19,6 +20,8 @@ REGROUP_SECONDS = 120.0
 """Time to commit before a formation that is over is left (cloud seconds)."""
 BROKEN_WALL_SECONDS = 10.0
 """Ranks whose collectives lost a peer fail by themselves, some (NCCL's) only after minutes."""
+TORCHRUN_WALL_SECONDS = 45.0
+"""torchrun itself kills ranks that do not end within 30 s."""
 
 
 class GangAgent(Agent):
@@ -30,7 +33,7 @@ class GangAgent(Agent):
         self.gang = Membership(self.store, self.run_id, member, own_address(self.clock), self.clock)
         self.formation: Formation | None = None
         self._over: Over | None = None
-        self._leave_by = self._next_look = 0.0
+        self._leave_by = self._kill_at = self._next_look = 0.0
 
     def _carry_out(self) -> None:
         number, left = self.gang.newest(), Left()
@@ -67,7 +70,7 @@ class GangAgent(Agent):
 
     def _take_part(self, formation: Formation) -> dict[str, Any]:
         """The program, from its start to its end in this formation; how it ended."""
-        self._over, self._leave_by = None, 0.0
+        self._over, self._leave_by, self._kill_at = None, 0.0, 0.0
         with self._notice_lock:
             self._expect_program(f"-{formation.number:04d}", self.run_id, formation.number)
             if self.notice:
@@ -106,6 +109,10 @@ class GangAgent(Agent):
             if self._over:
                 self._begin_to_leave(self._over)
         if self._leave_by and time.monotonic() >= self._leave_by:
+            # torchrun ends its ranks, and leaves alone what still makes a checkpoint durable.
+            self._signal_program(signal.SIGTERM)
+            self._leave_by, self._kill_at = 0.0, time.monotonic() + TORCHRUN_WALL_SECONDS
+        if self._kill_at and time.monotonic() >= self._kill_at:
             self._kill_program()
 
     def _begin_to_leave(self, over: Over) -> None:

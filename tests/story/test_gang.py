@@ -28,7 +28,7 @@ from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import GangJob, Resources
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.fleet_opening import open_fleet_run
-from tests.chaos.runs import cloud, wait_until
+from tests.chaos.runs import cloud, outcomes, summary_of, tiny_job, wait_until
 from tests.conftest import PROGRAMS
 from tests.story.test_fleet import assert_adds_up, orchestrator
 
@@ -137,6 +137,13 @@ def test_a_killed_orchestrator_s_successor_goes_on_with_the_same_formation(
     assert Counter(member["outcome"] for member in summary["members"]) == {"finished": 2}
     assert kept(folder)["ranks"] == [2] * 60
     assert_adds_up(summary, account.driver())
+
+
+def test_one_machine_s_ranks_are_torchrun_s_too_and_go_on_after_a_notice(folder: Path, store: DirectoryStore) -> None:
+    job = tiny_job(folder, "together", script="ddp.py", args=["150", "2", "0.1"], processes_per_machine=2)
+    summary = summary_of(folder, job, [Fate(at_step=15)], store, clock_speed=4.0)
+    assert [outcome for _, outcome in outcomes(summary)] == ["preempted", "finished"]
+    assert summary["lost_steps"] == 0 and ranks_of_steps(store) == {2: 150}
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,8 @@ def process(store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.Mon
 
     for name, value in (("STORE", store.url), ("RUN", "run"), ("ATTEMPT", "1"), ("TELEMETRY", str(telemetry.path))):
         monkeypatch.setenv(f"HOLDFAST_{name}", value)
-    made = Committer(1, Ranks(), 3, 600.0, None, telemetry.reporter, telemetry.path.with_name("persist.log"))
+    made = Committer(1, Ranks(), 3, 600.0, telemetry.reporter, telemetry.path.with_name("persist.log"))
+    made.begin(None)
     yield made
     made.close()
     made._process.wait(LONG)

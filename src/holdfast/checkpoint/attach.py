@@ -123,18 +123,12 @@ class Attached:
         self._store = open_store(around.store_url)
         self._reporter.event("attached")
         self._training.collect()  # what can't be stored is said now, not after the first hour
-        parent = self._resume()
         budget_seconds = min(self._policy.every_seconds or BUDGET_SECONDS, BUDGET_SECONDS) / self._clock.speed
         log_file = around.telemetry.with_name(f"persist-{ranks.rank}.log") if around.telemetry else None
         self._committer = Committer(
-            around.attempt,
-            ranks,
-            self._policy.max_to_keep,
-            max(1.0, budget_seconds),
-            parent,
-            self._reporter,
-            log_file,
+            around.attempt, ranks, self._policy.max_to_keep, max(1.0, budget_seconds), self._reporter, log_file
         )
+        self._committer.begin(self._resume())
         self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots)
         self._saved_step = self.resumed_step
         self._saved_at = self._stepped_at = time.monotonic()
@@ -242,7 +236,7 @@ class Attached:
         self._stop = self._stop or agreed.stop > 0
         if agreed.fenced:
             self._leave(committed=False)
-        elif self._notice:
+        elif self._notice and self._step < self._total and not self._stop:
             self._obey()
         elif agreed.save and not agreed.busy and self._step < self._total:
             self._save()

@@ -27,6 +27,7 @@ from holdfast.checkpoint.snapshot import Snapshot
 log = logging.getLogger(__name__)
 
 RECENT = 16
+READY_SECONDS = 10.0
 SHORTEST_LIFE_SECONDS = 1.0
 """A persist process that ends sooner is not started again at once."""
 
@@ -49,23 +50,24 @@ class Committer:
         ranks: Ranks,
         max_to_keep: int,
         budget_seconds: float,
-        parent: CheckpointId | None,
         reporter: Reporter,
         log_file: Path | None,
     ) -> None:
+        """Starts the process, which takes a moment: `begin` says when it is needed."""
         self._orders = {
             "kind": "orders",
             "ranks": asdict(ranks),
             "max_to_keep": max_to_keep,
             "budget_seconds": budget_seconds,
         }
-        self._attempt, self._parent = attempt, parent
+        self._attempt = attempt
+        self._parent: CheckpointId | None = None
         self._reporter, self._log_file = reporter, log_file
         self._slots: Sequence[Slot] = []
         self._newest: Snapshot | None = None
         self._offered = 0
         self._metrics: list[tuple[int, Mapping[str, float]]] = []
-        self.committed_step = parent.step if parent else -1
+        self.committed_step = -1
         self.finished_number = 0
         """Of the newest snapshot whose fate is known to be good: on a rank of several, its own part is durable."""
         self.commits: deque[float] = deque(maxlen=RECENT)
@@ -80,9 +82,19 @@ class Committer:
         """A later attempt has begun: nothing of this one counts any more."""
         self._rest = b""
         self._process: subprocess.Popen[bytes] | None = None
+        self._begun = self._ready = False
         self._start()
 
     # -- for the loop -------------------------------------------------------------------------------------------------
+
+    def begin(self, parent: CheckpointId | None) -> None:
+        """Saving begins: `parent` is what was resumed from. Waits for the process, but not for one that can't start."""
+        self._begun, self._parent = True, parent
+        self.committed_step = parent.step if parent else -1
+        self._send_orders()
+        give_up_at = time.monotonic() + READY_SECONDS
+        while not self._ready and time.monotonic() < give_up_at:
+            self._hear(0.1)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.append((step, metrics))
@@ -149,7 +161,8 @@ class Committer:
             )
         self._connection, self._rest = ours, b""
         self._started_at = time.monotonic()
-        self._send({**self._orders, "parent": str(self._parent) if self._parent else None})
+        if self._begun:
+            self._send_orders()
         if self._slots:
             self._send_slots()
         if self._newest is not None and self.busy:
@@ -158,6 +171,9 @@ class Committer:
     def _send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):  # it is dead; the next look at it finds that out
             socket.send_fds(self._connection, [json.dumps(message).encode() + b"\n"], files)
+
+    def _send_orders(self) -> None:
+        self._send({**self._orders, "parent": str(self._parent) if self._parent else None})
 
     def _send_slots(self) -> None:
         sizes = [slot.capacity_bytes for slot in self._slots]
@@ -199,6 +215,8 @@ class Committer:
 
     def _take_in(self, message: Mapping[str, Any]) -> None:
         match message["kind"]:
+            case "ready":
+                self._ready = True
             case "begun":
                 self.in_work = InWork(message["number"], message["step"], message["began"])
             case "committed":

@@ -179,7 +179,8 @@ class Persister:
         except Exception as error:  # whatever it is: it must not end this process, and must not go unsaid
             said = str(error) or repr(error)
             log.warning("commit failed step=%s error=%r", offer.step, error)
-            self.reporter.event("commit-failed", step=offer.step, error=said)
+            seconds = (time.monotonic() - offer.began) * self.speed
+            self.reporter.event("commit-failed", step=offer.step, error=said, seconds=seconds)
             return said
         finally:
             late.cancel()
@@ -338,6 +339,7 @@ def main() -> int:
     assert around
     with held_open(around):
         listener = Listener(connection)
+        listener.tell({"kind": "ready"})
         orders = listener.orders()
         if orders is None:
             return 0

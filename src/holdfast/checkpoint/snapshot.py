@@ -278,9 +278,9 @@ def _copy_all(pairs: list[tuple[Any, Any, int]]) -> None:
 
 def _copy_on_streams(pairs: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any]]:
     """Queue the copies from devices, each on a stream of its own beside the computation; events that tell their ends."""
-    torch = sys.modules["torch"]
     events = []
     for device in {source.device for _, source, _ in pairs if source.device.type == "cuda"}:
+        torch = sys.modules["torch"]
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():

@@ -12,6 +12,7 @@ CLOUD = "HOLDFAST_CLOUD"  # name of the cloud that the machine is of
 ATTEMPT = "HOLDFAST_ATTEMPT"  # number of the attempt, the fencing token of its commits; 0: the machine is a fleet's or a gang's
 BUNDLE = "HOLDFAST_BUNDLE"  # URL of the bundle
 BUNDLE_SHA256 = "HOLDFAST_BUNDLE_SHA256"
+NOTICE_SECONDS = "HOLDFAST_NOTICE_SECONDS"  # of a cloud whose notice does not say when the machine goes, if not 30
 CONSOLE = "HOLDFAST_CONSOLE"  # file or device that outlives the machine; one line per trained step goes there
 
 # Added by the agent for the program.

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from holdfast.clock import Clock
 from holdfast.errors import TransientError
-from holdfast.runtime.contract import NoticeKind
+from holdfast.runtime.contract import NOTICE_SECONDS, NoticeKind
 
 AWS_ENDPOINT = "http://169.254.169.254"
 GCP_HOST = "metadata.google.internal"
@@ -137,7 +137,8 @@ class GcpMetadata:
         if self._preempted() != "TRUE":
             return None
         now = self._clock.now()
-        return Notice(kind="preemption", reclaim_at=now + timedelta(seconds=GCP_NOTICE_SECONDS), seen_at=now)
+        seconds = float(os.environ.get(NOTICE_SECONDS) or GCP_NOTICE_SECONDS)
+        return Notice(kind="preemption", reclaim_at=now + timedelta(seconds=seconds), seen_at=now)
 
     def wait_for_change(self, seconds: int) -> None:
         """Return when `preempted` is another than `notice` last saw, or after `seconds` of the wall."""

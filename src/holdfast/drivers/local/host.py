@@ -174,7 +174,11 @@ class Host:
     def _environment(self, port: int) -> dict[str, str]:
         address = f"127.0.0.1:{port}"
         aws = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{address}/", "AWS_EC2_METADATA_V1_DISABLED": "true"}
-        gcp = {"GCE_METADATA_HOST": address, "GCE_METADATA_IP": address}
+        gcp = {
+            "GCE_METADATA_HOST": address,
+            "GCE_METADATA_IP": address,
+            "HOLDFAST_NOTICE_SECONDS": str(self.spec["notice_seconds"]),
+        }
         home = self.folder / "home"
         temporary = self.folder / "tmp"
         home.mkdir(exist_ok=True)

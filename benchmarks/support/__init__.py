@@ -1,0 +1,1 @@
+"""Parts of benchmarks: nothing here is run by itself."""

@@ -35,7 +35,8 @@ for name in REFUSED:
         sys.exit(f"{name} could be imported: this proves nothing")
 for package in packages:
     for module in [package, *(m.name for m in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."))]:
-        if not module.endswith(".__main__"):  # runs the agent
+        # The first runs the agent, the others import the library that they adapt.
+        if not module.endswith(".__main__") and not module.startswith("holdfast.adapters."):
             importlib.import_module(module)
             print(module)
 """

@@ -139,6 +139,30 @@ def test_a_killed_orchestrator_s_successor_goes_on_with_the_same_formation(
     assert_adds_up(summary, account.driver())
 
 
+def test_too_few_machines_that_get_no_company_are_given_up_for_another_region(
+    folder: Path, store: DirectoryStore
+) -> None:
+    # Both pools of the region refuse the second machine, and from then on everything.
+    driver = cloud(folder, [Fate(), Fate(refuse=True), Fate(refuse=True)], clock_speed=60.0)
+    launch_fleet = driver.launch_fleet
+    full: set[str] = set()
+
+    def crowded(request: FleetRequest) -> Sequence[Machine]:
+        if request.pools[0].region in full:
+            raise CapacityError("no capacity in this region any more")
+        full.add(request.pools[0].region)
+        return launch_fleet(request)
+
+    driver.launch_fleet = crowded  # type: ignore[method-assign]
+    patient = {"lease_seconds": 7200, "notice_poll_seconds": 60, "max_run_hours": 100}
+    summary = carry(gang_job(folder, 10, 2, machines=2, **patient), driver, store)
+    assert Counter(member["outcome"] for member in summary["members"]) == {"finished": 2, "moved": 1}
+    assert [len(one["members"]) for one in summary["formations"]] == [2]
+    moved, *others = sorted(summary["members"], key=lambda member: member["outcome"] != "moved")
+    assert {member["region"] for member in others} != {moved["region"]}
+    assert_adds_up(summary, driver)
+
+
 def test_one_machine_s_ranks_are_torchrun_s_too_and_go_on_after_a_notice(folder: Path, store: DirectoryStore) -> None:
     job = tiny_job(folder, "together", script="ddp.py", args=["150", "2", "0.1"], processes_per_machine=2)
     summary = summary_of(folder, job, [Fate(at_step=15)], store, clock_speed=4.0)

@@ -8,12 +8,14 @@ from typing import Any
 from holdfast.placement.gang_policy import (
     FIRST_CALL_SECONDS,
     LAST_CALL_SECONDS,
+    STAND_STILL_SECONDS,
     Dissolve,
     Form,
     GangSituation,
     Ready,
     decide_formation,
     failed_program,
+    is_to_move,
 )
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -124,3 +126,13 @@ def test_a_program_is_to_blame_when_all_of_its_machines_are_there() -> None:
     assert failed_program(situation(members=("a", "b", "c"), ready=waiting)) is None
     agreed = ready("a", "b", "c", outcome="preempted")
     assert failed_program(situation(members=("a", "b", "c"), ready=agreed)) is None
+
+
+def test_too_few_that_get_no_company_give_up_their_place() -> None:
+    few = situation(living={"a"}, now=after(STAND_STILL_SECONDS))
+    assert is_to_move(few, NOON)
+    assert not is_to_move(few, NOON + timedelta(seconds=1))
+    assert not is_to_move(few, None)
+    assert not is_to_move(situation(living={"a", "b"}, now=after(STAND_STILL_SECONDS)), NOON)
+    training = situation(living={"a"}, members=("a",), is_over=False, now=after(STAND_STILL_SECONDS))
+    assert not is_to_move(training, NOON)

@@ -12,6 +12,10 @@ FIRST_CALL_SECONDS = 120.0
 """The same before the first formation, and for machines that boot beside one that is to take them in."""
 
 
+STAND_STILL_SECONDS = 900.0
+"""Machines that are too few to train, and get no company where they are, are paid for in vain for so long."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """What a member said that waits for the next formation."""
@@ -78,6 +82,13 @@ def failed_program(situation: GangSituation) -> Ready | None:
         return None
     failures = [one for one in told if one and one.outcome == "program-failed"]
     return min(failures, key=lambda one: one.at) if failures and all(told) else None
+
+
+def is_to_move(situation: GangSituation, refused_since: datetime | None) -> bool:
+    """Shall those that are left be given up, so that the gang may begin in another region? None: nothing was refused."""
+    if not situation.is_over or not 0 < len(situation.living) < situation.min_machines or refused_since is None:
+        return False
+    return situation.now - refused_since > timedelta(seconds=STAND_STILL_SECONDS)
 
 
 def _form(situation: GangSituation) -> Form | None:

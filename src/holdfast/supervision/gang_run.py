@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from holdfast.checkpoint.policy import DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS, CheckpointPolicy
@@ -82,6 +83,16 @@ class GangRun(FleetRun):
             # Each machine that is taken stops all of them.
             mean_seconds_between_preemptions=DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS / self.job.machines,
         )
+
+    @property
+    def refused_since(self) -> datetime | None:
+        """Since when no round has brought all that it asked for; None: the last one has, or there was none."""
+        since = None
+        for asked in reversed(self._rounds()):
+            if not asked.refused_pools:
+                break
+            since = asked.asked_at
+        return since
 
     # -- formations ---------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 from holdfast.drivers.protocol import Machine
 from holdfast.errors import ConfigError, TransientError
 from holdfast.ledger.fleet_state import TAKEN, Member
-from holdfast.placement.gang_policy import Dissolve, Form, GangSituation, Ready, decide_formation, failed_program
-from holdfast.runtime.contract import ready_prefix
+from holdfast.placement.gang_policy import (
+    Dissolve,
+    Form,
+    GangSituation,
+    Ready,
+    decide_formation,
+    failed_program,
+    is_to_move,
+)
+from holdfast.runtime.contract import Outcome, ready_prefix
 from holdfast.supervision.fleet_watch import FleetWatch
 from holdfast.supervision.updates import Update, UpdateKind
 from holdfast.supervision.watch import TRAINED
@@ -44,7 +52,7 @@ class GangWatch(FleetWatch):
         if state.asked_to_end or run.complete:
             return
         if state.trained:
-            self._send_home(machines)
+            self._send_home(machines, "cancelled", "the gang had finished before this machine could join")
             return
         if not self.told_newest:  # an orchestrator may have died between the journal and the store
             run.tell_newest()
@@ -55,6 +63,11 @@ class GangWatch(FleetWatch):
             run.record_failure(failed)
             if len(run.program_failures) > run.job.max_program_failures:
                 return
+        if is_to_move(situation, run.refused_since):
+            why = f"fewer than {run.job.min_machines} machines, and no more to be had beside them: the gang begins elsewhere"
+            if self._send_home(machines, "moved", why):
+                yield run.update("warned", why)
+            return
         match decide_formation(situation):
             case Form() as form:
                 formed = run.form(form, self.ready, self._joint_report(fresh=True))
@@ -67,13 +80,16 @@ class GangWatch(FleetWatch):
                 yield run.update("dissolved", f"formation {newest.number if newest else 0} is over: {over.why}")
         yield from self._hear()
 
-    def _send_home(self, machines: dict[str, Machine]) -> None:
-        """Machines that came too late to take part."""
+    def _send_home(self, machines: dict[str, Machine], outcome: Outcome, why: str) -> int:
+        """End machines that take no part; how many were not ending yet."""
+        told = 0
         for member in self.run.state.living:
             heard = self._heard_of(member)
             if heard.asked is None and member.machine in machines:
-                heard.asked = ("cancelled", "the gang had finished before this machine could join")
+                heard.asked = (outcome, why)
                 self.run.driver.terminate(member.machine, member.pool)
+                told += 1
+        return told
 
     def _situation(self, machines: dict[str, Machine]) -> GangSituation:
         run, state = self.run, self.run.state

@@ -12,7 +12,7 @@ from typing import Any
 from flows import DISPLAY_VARIABLE
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import load_fleet_job, load_gang_job, load_job
+from holdfast.model import load_any_job, load_fleet_job, load_gang_job, load_job
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
@@ -123,7 +123,7 @@ def reap_command(options: argparse.Namespace) -> int:
 
 
 def doctor_command(options: argparse.Namespace) -> int:
-    job = load_job(options.job) if options.job else None
+    job = load_any_job(options.job) if options.job else None
     with prefect_server():
         from blocks import driver_of, load_account, load_store
         from holdfast.supervision.doctor import examine, to_text
@@ -193,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     reap = commands.add_parser("reap", help="terminate machines that no live run owns")
     reap.set_defaults(command=reap_command)
     doctor = commands.add_parser("doctor", help="what works, what is missing, what an hour costs; launches nothing")
-    doctor.add_argument("job", type=Path, nargs="?", help="YAML file of a TrainingJob, to see its pools and its cost")
+    doctor.add_argument(
+        "job", type=Path, nargs="?", help="YAML file of a job of any kind, to see its pools and its cost"
+    )
     doctor.set_defaults(command=doctor_command)
     for command in (train, fleet, gang, reap, doctor):
         command.add_argument(

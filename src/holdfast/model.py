@@ -333,8 +333,12 @@ def load_gang_job(path: Path | str) -> GangJob:
     return _load(path, GangJob)
 
 
-def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
-    path = Path(path)
+def load_any_job(path: Path | str) -> TrainingJob | FleetJob | GangJob:
+    """The job in a file, of whichever kind its keys tell; of one that may be a fleet's or a gang's, the fleet's."""
+    return _load(path, _kinds_in(_read(Path(path)))[0])
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -343,9 +347,15 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
         raise ConfigError(f"job file {path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"job file {path}: expected keys and values (name: ..., script: ...), found {data!r}")
+    return data
+
+
+def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
+    path = Path(path)
+    data = _read(path)
     if kind not in (holds := _kinds_in(data)):
         has = "none of" if TrainingJob in holds else "one of"
-        names = ONLY_OF_A_GANG if GangJob in holds else ONLY_OF_MANY
+        names = (*ONLY_OF_A_GANG, *OF_A_GANG_BUT_NO_FLEET) if holds == [GangJob] else ONLY_OF_MANY
         raise ConfigError(
             f"job file {path}: it has {has} {', '.join(names)}, so it is a {holds[0].__name__}, for "
             f"python -m flows {COMMANDS[holds[0].__name__]}; use that, or write a {kind.__name__}"
@@ -359,16 +369,19 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
 
 ONLY_OF_MANY = ("machines", "spot_share", "kind")
 ONLY_OF_A_GANG = ("min_machines",)
+OF_A_GANG_BUT_NO_FLEET = ("checkpointing", "processes_per_machine")
 COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang"}
 
 
-def _kinds_in(data: dict[str, Any]) -> list[type[Job]]:
+def _kinds_in(data: dict[str, Any]) -> list[type[TrainingJob] | type[FleetJob] | type[GangJob]]:
     """What a file may be; `machines` alone are a fleet's or a gang's."""
     if any(key in data for key in ONLY_OF_A_GANG):
         return [GangJob]
+    if not any(key in data for key in ONLY_OF_MANY):
+        return [TrainingJob]
     if "kind" in data:
         return [FleetJob]
-    return [FleetJob, GangJob] if any(key in data for key in ONLY_OF_MANY) else [TrainingJob]
+    return [GangJob] if any(key in data for key in OF_A_GANG_BUT_NO_FLEET) else [FleetJob, GangJob]
 
 
 def validation_message(error: ValidationError) -> str:

@@ -13,7 +13,7 @@ import pytest
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
 from holdfast.drivers.protocol import Driver, Finding
 from holdfast.errors import ConfigError
-from holdfast.model import Resources, TrainingJob
+from holdfast.model import FleetJob, GangJob, Resources, TrainingJob, load_any_job
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.doctor import examine, examine_job, examine_store, to_text
 from holdfast.supervision.preflight import unreachable
@@ -162,3 +162,24 @@ def test_the_command_in_a_checkout_lists_its_commands() -> None:
     assert [
         name for name in ("train", "fleet", "rehearse", "reap", "doctor", "demo", "ui") if name not in told.stdout
     ] == []
+
+
+def test_a_gang_s_doctor_tells_what_each_machine_costs_and_which_ports_must_be_open(folder: Path) -> None:
+    (folder / "ddp.py").write_text("")
+    job = GangJob(name="together", script="ddp.py", code=str(folder), machines=3, spot_share=0.5)
+    driver = LocalDriver(LocalCloudConfig(root=folder / "cloud"))
+    found = by_subject(examine_job(job, driver))
+    assert {"spot pools", "on-demand pools"} <= found.keys()
+    assert " an hour for each of 3 machines in " in found["cost"].detail
+    assert "nothing is closed" in found["ports"].detail
+    driver.name = "aws+gcp"
+    assert by_subject(examine_job(job, driver))["ports"].detail.endswith("docs/aws.md and docs/gcp.md")
+
+
+def test_a_doctor_takes_a_job_of_any_kind(folder: Path) -> None:
+    kinds = {"training": "", "fleet": "machines: 2\n", "gang": "machines: 2\ncheckpointing: {every: 5 steps}\n"}
+    jobs = {}
+    for kind, more in kinds.items():
+        (folder / f"{kind}.yaml").write_text(f"name: {kind}\nscript: a.py\n{more}")
+        jobs[kind] = type(load_any_job(folder / f"{kind}.yaml"))
+    assert jobs == {"training": TrainingJob, "fleet": FleetJob, "gang": GangJob}

@@ -43,7 +43,10 @@ def test_a_file_with_a_least_number_of_machines_is_a_gang(tmp_path: Path) -> Non
     gang = tmp_path / "gang.yaml"
     gang.write_text("name: together\nscript: ddp.py\nmachines: 3\nmin_machines: 2\n")
     assert load_gang_job(gang).min_machines == 2
-    with pytest.raises(ConfigError, match="it has one of min_machines, so it is a GangJob, for python -m flows gang"):
+    with pytest.raises(
+        ConfigError,
+        match="it has one of min_machines, checkpointing, processes_per_machine, so it is a GangJob, for python -m flows gang",
+    ):
         load_job(gang)
     gang.write_text("name: together\nscript: ddp.py\nmachines: 3\n")
     assert load_gang_job(gang).min_machines == 1

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from holdfast.drivers.protocol import Driver, Finding, Offer
+from holdfast.drivers.protocol import Driver, Finding, Offer, ProvisioningModel
 from holdfast.errors import AlreadyExistsError, ConfigError, HoldfastError
-from holdfast.model import TrainingJob
+from holdfast.model import FleetJob, GangJob, TrainingJob
 from holdfast.placement.policy import Situation, rank
 from holdfast.storage import ObjectStore
 from holdfast.supervision.preflight import code_problems, fitting_offers, unreachable
@@ -18,10 +18,11 @@ from holdfast.supervision.windows import examine_windows
 POOLS_SHOWN = 5
 
 Opened = TypeVar("Opened")
+AnyJob = TrainingJob | FleetJob | GangJob
 
 
 def examine(
-    open_store: Callable[[], ObjectStore], open_driver: Callable[[], Driver], job: TrainingJob | None = None
+    open_store: Callable[[], ObjectStore], open_driver: Callable[[], Driver], job: AnyJob | None = None
 ) -> Iterator[Finding]:
     """The store; the account, or several as one; whether the one's machines reach the other, and how fast; the job."""
     store, of_store = _opened("store", open_store, _examine_store)
@@ -90,7 +91,7 @@ def _examine_store(store: ObjectStore) -> Iterator[Finding]:
                 return  # the rest would only say the same again
 
 
-def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
+def examine_job(job: AnyJob, driver: Driver) -> Iterator[Finding]:
     """Whether the job's code can be sent, which pools fit, and what an hour and the worst case cost."""
     problems = code_problems(job, driver)
     yield Finding(subject="code", ok=not problems, detail="; ".join(problems) or str(job.code))
@@ -99,7 +100,7 @@ def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
     except HoldfastError as error:
         yield Finding(subject="pools", ok=False, detail=str(error))
         return
-    for model in ("spot", "on-demand") if job.provisioning == "spot-then-on-demand" else (job.provisioning,):
+    for model in _models(job):
         ranked = _ranked([offer for offer in offers if offer.pool.provisioning_model == model], driver)
         if not ranked:
             yield Finding(subject=f"{model} pools", ok=False, detail="none fits the job's resources; ask for less")
@@ -108,20 +109,42 @@ def examine_job(job: TrainingJob, driver: Driver) -> Iterator[Finding]:
         rest = f"; and {len(ranked) - POOLS_SHOWN} more" if len(ranked) > POOLS_SHOWN else ""
         yield Finding(subject=f"{model} pools", ok=True, detail=shown + rest)
     yield _cost(job, _ranked(offers, driver))
+    if isinstance(job, GangJob):
+        yield Finding(subject="ports", ok=True, detail=_ports(driver.name))
 
 
-def _cost(job: TrainingJob, offers: Sequence[Offer]) -> Finding:
-    wanted = "on-demand" if job.provisioning == "on-demand" else "spot"
+def _models(job: AnyJob) -> list[ProvisioningModel]:
+    """Those that the job may use; a fleet falls back to on-demand when spot fails."""
+    if isinstance(job, TrainingJob):
+        return ["spot", "on-demand"] if job.provisioning == "spot-then-on-demand" else [job.provisioning]
+    return ["spot", "on-demand"] if job.spot_share else ["on-demand"]
+
+
+def _ports(clouds: str) -> str:
+    if clouds == "local":
+        return "its members are one computer's: nothing is closed between them"
+    return (
+        "its members must reach each other on every TCP port, which can't be seen from here: 'Machines of a gang' in "
+        + " and ".join(f"docs/{cloud}.md" for cloud in clouds.split("+") if cloud != "local")
+    )
+
+
+def _cost(job: AnyJob, offers: Sequence[Offer]) -> Finding:
+    wanted = _models(job)[0]
     best = next((offer for offer in offers if offer.pool.provisioning_model == wanted), offers[0])
     dearest = max(offers, key=lambda offer: offer.on_demand_usd_per_hour)
     worst, highest = (one.on_demand_usd_per_hour * job.max_run_hours for one in (best, dearest))
     detail = (
-        f"${best.usd_per_hour:.4f} an hour in {best.pool} (on demand ${best.on_demand_usd_per_hour:.4f}); max_run_hours "
+        f"${best.usd_per_hour:.4f} an hour{_each(job)} in {best.pool} (on demand ${best.on_demand_usd_per_hour:.4f}); max_run_hours "
         f"{job.max_run_hours:g} at the on-demand price: ${worst:.2f}"
     )
     if highest > worst:
         detail += f", and ${highest:.2f} if only {dearest.pool.instance_type}, the dearest that fits, were to be had"
     return Finding(subject="cost", ok=True, detail=detail)
+
+
+def _each(job: AnyJob) -> str:
+    return "" if isinstance(job, TrainingJob) else f" for each of {job.machines} machines"
 
 
 def _ranked(offers: Sequence[Offer], driver: Driver) -> list[Offer]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from holdfast.checkpoint.planner import WINDOWS_SECONDS, size_text, window_bytes, window_warning
 from holdfast.drivers.protocol import Finding
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.model import TrainingJob
+from holdfast.model import Job
 from holdfast.runtime.contract import journal_prefix
 from holdfast.storage import ObjectStore
 
@@ -32,7 +32,7 @@ class KnownCheckpoint:
     size_bytes: int
 
 
-def examine_windows(store: ObjectStore, clouds: str, job: TrainingJob | None) -> Iterator[Finding]:
+def examine_windows(store: ObjectStore, clouds: str, job: Job | None) -> Iterator[Finding]:
     """`clouds`: the driver's name. Windows of clouds that are not in it are left out; of the local one all are told."""
     windows = {
         cloud: seconds for cloud, seconds in WINDOWS_SECONDS.items() if cloud.lower() in clouds.split("+")

@@ -44,6 +44,7 @@ class GangWatch(FleetWatch):
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By machine: what it last said of itself in the newest formation."""
     told_events: dict[str, int] = field(default_factory=dict)
+    told_texts: set[tuple[int, str]] = field(default_factory=set)
     next_reports: float = 0.0
     told_newest: bool = False
 
@@ -218,7 +219,9 @@ class GangWatch(FleetWatch):
                     text = f"notice ({event['notice_kind']}) on {member.machine}"
                 case _:
                     continue
-            yield self.run.update(TOLD[event["kind"]], text)
+            if (self.ready_after, text) not in self.told_texts:  # every machine tells of the same commit
+                self.told_texts.add((self.ready_after, text))
+                yield self.run.update(TOLD[event["kind"]], text)
 
     def _progress(self) -> Iterator[Update]:
         report = self._joint_report()

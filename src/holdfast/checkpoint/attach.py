@@ -221,6 +221,7 @@ class Attached:
             self._committer.add_metrics(self._step, self._metrics)
         if self._step == self.resumed_step + 1:
             self._reporter.event("first-step", step=self._step)
+            self._snapshots.prepare()  # now: an optimizer has its state from the first step on
         self._snapshots.poll()
         self._committer.poll()
         self._say_failure()

@@ -115,6 +115,11 @@ class Checkpointing(Strict):
         "and the pool's interruption rate (Young/Daly).",
     )
     max_to_keep: int = Field(3, ge=1, title="Checkpoints kept", description="Older ones are deleted after a commit.")
+    compression: Literal["auto", "off"] = Field(
+        "auto",
+        title="Compression",
+        description="auto: where it was measured to shorten the time to durable (needs zstandard and numpy on the machine).",
+    )
 
     @model_validator(mode="after")
     def _readable(self) -> Checkpointing:

@@ -80,6 +80,7 @@ class Saving:
         parent: CheckpointId | None = None,
         budget_seconds: float = 600.0,
         slots: int = 2,
+        compression: str = "auto",
     ) -> None:
         self.user: dict[str, Any] = {"weights": torch.zeros(4)}
         self.told: list[dict[str, Any]] = []
@@ -90,7 +91,7 @@ class Saving:
             store=store,
             run_id="run",
             attempt=attempt,
-            orders=Orders(Ranks(), keep, budget_seconds, parent),
+            orders=Orders(Ranks(), keep, compression, budget_seconds, parent),
             reporter=telemetry.reporter,
             speed=1.0,
             tell=self._hear,
@@ -358,7 +359,7 @@ def process(store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.Mon
 
     for name, value in (("STORE", store.url), ("RUN", "run"), ("ATTEMPT", "1"), ("TELEMETRY", str(telemetry.path))):
         monkeypatch.setenv(f"HOLDFAST_{name}", value)
-    made = Committer(1, Ranks(), 3, 600.0, telemetry.reporter, telemetry.path.with_name("persist.log"))
+    made = Committer(1, Ranks(), CheckpointPolicy(), 600.0, telemetry.reporter, telemetry.path.with_name("persist.log"))
     made.begin(None)
     yield made
     made.close()

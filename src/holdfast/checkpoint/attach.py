@@ -126,7 +126,7 @@ class Attached:
         budget_seconds = min(self._policy.every_seconds or BUDGET_SECONDS, BUDGET_SECONDS) / self._clock.speed
         log_file = around.telemetry.with_name(f"persist-{ranks.rank}.log") if around.telemetry else None
         self._committer = Committer(
-            around.attempt, ranks, self._policy.max_to_keep, max(1.0, budget_seconds), self._reporter, log_file
+            around.attempt, ranks, self._policy, max(1.0, budget_seconds), self._reporter, log_file
         )
         self._committer.begin(self._resume())
         self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots)
@@ -458,7 +458,7 @@ class Attached:
         same_world = content.world_size == ranks.world_size
         tree = content.trees[ranks.rank if same_world else 0]
         names = list(dict.fromkeys(names_in([tree[part] for part in ("components", "user", "random")])))
-        places = self._training.places(tree)
+        places = self._training.places(tree, {name: stored.spec for name, stored in content.tensors.items()})
         tensors = content.read(places, names) if names else {}
         self._random_states = self._training.load(tree, tensors.__getitem__, manifest, content.world_size)
         if self._folder:
@@ -492,6 +492,7 @@ def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | No
         every_steps=steps,
         every_seconds=seconds,
         max_to_keep=keep,
+        compression=job.compression,
         mean_seconds_between_preemptions=job.mean_seconds_between_preemptions,
     )
 

@@ -10,6 +10,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import holdfast
 from holdfast.checkpoint.commits import CheckpointId
 from holdfast.checkpoint.persist import LINE_BYTES, Ranks
+from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.snapshot import Snapshot
@@ -48,7 +50,7 @@ class Committer:
         self,
         attempt: int,
         ranks: Ranks,
-        max_to_keep: int,
+        policy: CheckpointPolicy,
         budget_seconds: float,
         reporter: Reporter,
         log_file: Path | None,
@@ -57,7 +59,8 @@ class Committer:
         self._orders = {
             "kind": "orders",
             "ranks": asdict(ranks),
-            "max_to_keep": max_to_keep,
+            "max_to_keep": policy.max_to_keep,
+            "compression": policy.compression,
             "budget_seconds": budget_seconds,
         }
         self._attempt = attempt
@@ -81,6 +84,7 @@ class Committer:
         self.fenced = False
         """A later attempt has begun: nothing of this one counts any more."""
         self._rest = b""
+        self._sending = threading.Lock()  # snapshots are offered from the thread that copies them
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = self._ready = False
         self._start()
@@ -169,7 +173,7 @@ class Committer:
             self._send_offer()
 
     def _send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
-        with contextlib.suppress(OSError):  # it is dead; the next look at it finds that out
+        with self._sending, contextlib.suppress(OSError):  # it is dead; the next look at it finds that out
             socket.send_fds(self._connection, [json.dumps(message).encode() + b"\n"], files)
 
     def _send_orders(self) -> None:

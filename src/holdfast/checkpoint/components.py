@@ -90,6 +90,13 @@ def numbered_state(name: str, optimizer: Any, names: Mapping[int, str], saved: d
     home = {one: group for group in saved["param_groups"] for one in group["params"]}
     if different := difference(set(named), set(home)):
         raise ConfigError(f"{name} has other parameters than the checkpoint's: {different}")
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=False):
+        here, there = set(group) - set(old), set(old) - set(group)
+        if here and there:  # one of them alone is another version's, or a scheduler's
+            raise ConfigError(
+                f"{name} is of another kind than the checkpoint's: {difference(set(group), set(old))}; use the same, or "
+                "another run id"
+            )
     numbers = {one: number for number, one in enumerate(named)}
     groups = []
     for group in optimizer.param_groups:

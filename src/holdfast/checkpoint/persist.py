@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.checkpoint.commits import STATE, TREE, CheckpointId, Checkpoints, rank_name
+from holdfast.checkpoint import compression
+from holdfast.checkpoint.commits import PIECE_BYTES, STATE, TREE, CheckpointId, Checkpoints, rank_name
 from holdfast.checkpoint.folders import FILES, file_pieces, plain_files
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
@@ -40,6 +41,8 @@ ORPHAN_SECONDS = 60.0
 PARTS_SECONDS = 600.0
 """How long the publishing rank waits for the others' parts."""
 NICENESS = 10
+REMEASURE_IMAGES = 50
+"""After so many images, what compression does to the state is measured again: weights are not what they were."""
 LINE_BYTES = 65536
 
 
@@ -76,6 +79,8 @@ class Orders:
 
     ranks: Ranks
     max_to_keep: int
+    compression: str
+    """'auto' or 'off'."""
     budget_seconds: float
     """A save that takes longer (wall) is said to be late."""
     parent: CheckpointId | None = None
@@ -92,6 +97,9 @@ class Persister:
     tell: Callable[[dict[str, Any]], None]
     """Says to the training process what became of a snapshot; must not raise."""
     fenced: bool = False
+    _link_bytes_per_second: float = 0.0
+    _gain: compression.Gain | None = None
+    _images_since_gain: int = 0
     _waiting: Offer | None = None
     _orphaned_at: float | None = None
     _unconfirmed: list[tuple[CheckpointId, float, dict[str, Any]]] = field(default_factory=list)
@@ -247,11 +255,24 @@ class Persister:
         objects = {names["tree"]: self._checkpoints.write(checkpoint, names["tree"], [text])}
         image = offer.slot.image()
         if len(image):
-            objects[names["state"]] = self._checkpoints.write_image(checkpoint, names["state"], image)
+            compressed = self._compression_pays(image)
+            began = time.monotonic()
+            objects[names["state"]] = self._checkpoints.write_image(checkpoint, names["state"], image, compressed)
+            stored = objects[names["state"]]["size_bytes"]
+            self._link_bytes_per_second = stored / max(1e-6, time.monotonic() - began)
         if offer.folder and ranks.publishes:
             for name, path in plain_files(offer.folder):
                 objects[FILES + name] = self._checkpoints.write(checkpoint, FILES + name, file_pieces(path))
         return objects
+
+    def _compression_pays(self, image: memoryview) -> bool:
+        """By what the link was last seen to do, and what compression does to this state; asked anew now and then."""
+        if self.orders.compression == "off" or not self._link_bytes_per_second or not compression.is_available():
+            return False
+        if self._gain is None or self._images_since_gain >= REMEASURE_IMAGES:
+            self._gain, self._images_since_gain = compression.measure(image, PIECE_BYTES), 0
+        self._images_since_gain += 1
+        return len(image) >= PIECE_BYTES and self._gain.pays(self._link_bytes_per_second)
 
     def _write_metrics(self, checkpoint: CheckpointId, metrics: list[tuple[int, Mapping[str, float]]]) -> None:
         """Durable before the manifest: a committed step never lacks its metrics."""
@@ -385,6 +406,7 @@ class Listener:
             return Orders(
                 ranks=Ranks(**message["ranks"]),
                 max_to_keep=message["max_to_keep"],
+                compression=message["compression"],
                 budget_seconds=message["budget_seconds"],
                 parent=CheckpointId.parse(parent) if parent else None,
             )

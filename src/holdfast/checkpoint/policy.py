@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from holdfast.errors import ConfigError
 
@@ -23,6 +24,7 @@ class CheckpointPolicy:
     every_steps: int | None = None
     every_seconds: float | None = None
     max_to_keep: int = 3
+    compression: Literal["auto", "off"] = "auto"
     mean_seconds_between_preemptions: float | None = None
 
     def __post_init__(self) -> None:
@@ -30,6 +32,8 @@ class CheckpointPolicy:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value!r}; it must be above zero")
+        if self.compression not in ("auto", "off"):
+            raise ConfigError(f"compression is {self.compression!r}; write 'auto' or 'off'")
         if self.every_steps and self.every_seconds:
             raise ConfigError("every_steps and every_seconds contradict each other; give one of them")
 

@@ -47,9 +47,11 @@ class Snapshot:
     began: float
     folder: Path | None = None
     """A copy of the user's files that belongs to it; the persist process deletes it."""
+    complete: bool = False
     hold_seconds: float = 0.0
     """How long the training was held up for it, so far (wall)."""
-    copy_seconds: float = 0.0
+    held_from: float | None = None
+    """Since when it is held up just now."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -127,15 +129,16 @@ class Snapshots:
             return None
         slot = self._slots[index]
         slot.clear()
-        snapshot = Snapshot(self._next_number, slot, step, began, folder)
+        snapshot = Snapshot(self._next_number, slot, step, began, folder, held_from=began)
         self._numbers[index] = self._next_number
         self._next_number += 1
         if self._image:
             slot.image(len(self._image.header))[:] = self._image.header
         self._copy(index, collected.leaves, snapshot)
-        snapshot.hold_seconds += time.monotonic() - began
         if not self._late:
             self.settle()
+        if not snapshot.complete:
+            snapshot.hold_seconds, snapshot.held_from = time.monotonic() - began, None
         return snapshot
 
     def hold(self) -> None:
@@ -151,22 +154,32 @@ class Snapshots:
         self._late = []  # what changes from here on changes after the copy
 
     def settle(self) -> None:
-        """Wait until the snapshot that is being taken is whole, and offer it. What went wrong is in `failure`."""
-        snapshot, self._current = self._current, None
+        """Wait until the snapshot that is being taken is whole, and offered. What went wrong is in `failure`."""
+        snapshot = self._current
         if snapshot is None:
             return
-        began = time.monotonic()
+        if snapshot.held_from is None:
+            snapshot.held_from = time.monotonic()
         snapshot.done.wait()
+        self._current = None
+        if snapshot.complete:
+            return
         self._check_versions()
         if not self._proven and self._late and self.failure is None:
             self._proven = True
             if not all(_same(view, source) for view, source, _ in self._late):
                 self._tear()
+        self._finish(snapshot)
+
+    def _finish(self, snapshot: Snapshot) -> None:
+        """The copy is over: it becomes a snapshot, or comes to nothing."""
         self._late, self._events = [], []
-        snapshot.hold_seconds += time.monotonic() - began
+        if snapshot.held_from is not None:
+            snapshot.hold_seconds += time.monotonic() - snapshot.held_from
         if self.failure is None:
             snapshot.slot.complete(snapshot.number, self._image.size_bytes if self._image else 0, self._words)
         snapshot.slot.give_back()
+        snapshot.complete = True
         if self.failure is None:
             self._offer(snapshot)
 
@@ -238,9 +251,11 @@ class Snapshots:
                 _copy_all(on_cpu)
                 for _, event in self._events:
                     event.synchronize()
+                if self._proven and late:
+                    self._check_versions()
+                    self._finish(snapshot)  # at once: the next call from the loop may be a long step away
             except Exception as error:
                 self.failure = error
-            snapshot.copy_seconds = time.monotonic() - snapshot.began
             snapshot.done.set()
 
         if late:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SHARED = ("module", "optimizer")
 """Kinds of components that all ranks have alike; of the others each rank has its own state."""
+REAL = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +101,30 @@ class TrainingState:
         def take(path: str, leaf: Any, shared: bool) -> str:
             if torch is None or not isinstance(leaf, torch.Tensor):
                 return ""
+            if torch.nn.parameter.is_lazy(leaf):
+                raise ConfigError(f"{path} has no shape yet; run the model forward once before attach()")
             leaf = leaf.detach()
             box, global_shape, writes = whole(leaf.shape), tuple(leaf.shape), True
             sharded = is_dtensor(leaf)
             if sharded:
                 leaf, box, writes = local_part(path, leaf)
                 writes = writes and (leaf.numel() > 0 or 0 in global_shape)
+            if leaf.is_meta:
+                raise ConfigError(
+                    f"{path} is on the meta device, where tensors have no content; move it to a real one (to_empty) and "
+                    "initialise it before attach()"
+                )
             if not can_encode(leaf):
                 raise ConfigError(
                     f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
                     "one of another type"
                 )
             # Tied weights are one tensor under two names, and stay one.
-            identity = (leaf.device, leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), global_shape, shared)
-            if leaf.numel() and identity in known:
+            identity = (
+                leaf.device, leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg(),
+                global_shape, shared,
+            )  # fmt: skip
+            if leaf.numel() and leaf.data_ptr() and identity in known:
                 return known[identity]
             name = path if shared or self._world_size == 1 else f"{path}@{self._rank}"
             while name in leaves:
@@ -160,10 +171,11 @@ class TrainingState:
 
     # -- putting together ---------------------------------------------------------------------------------------------
 
-    def places(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+    def places(self, tree: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
         """Name -> live tensor that takes what the checkpoint holds under this name, or is sharded as it shall be.
 
-        Raises ConfigError when the state is another architecture's: which parts, which names, which shapes.
+        `specs`: of the checkpoint's tensors. Raises ConfigError when the state is another architecture's: which parts,
+        which names, which shapes and types. A real number of another precision is converted, with a warning.
         """
         here, there = set(self._components), set(tree["components"])
         if here != there:
@@ -178,9 +190,14 @@ class TrainingState:
                 live = module_state(component)
                 if different := difference(set(live), set(saved)):
                     raise ConfigError(f"the checkpoint's {name} does not fit the program's: {different}")
-                for key, value in saved.items():
-                    if isinstance(value, dict) and TENSOR in value:
-                        found.setdefault(value[TENSOR], live[key])
+                pairs = [
+                    (key, value[TENSOR], live[key])
+                    for key, value in saved.items()
+                    if isinstance(value, dict) and TENSOR in value
+                ]
+                _check_fit(name, pairs, specs)
+                for _, stored_name, tensor in pairs:
+                    found.setdefault(stored_name, tensor)
             elif kind_of(component) == "optimizer":
                 by_name = {names[id(one)]: one for one in parameters_of(component) if id(one) in names}
                 for parameter, values in _states_by_parameter(saved):
@@ -318,6 +335,37 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         if states.get("cuda") and torch.cuda.is_available():
             for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
                 torch.cuda.set_rng_state(state, device)
+
+
+def _check_fit(component: str, pairs: list[tuple[str, str, Any]], specs: Mapping[str, Spec]) -> None:
+    """`pairs`: key in the component, name in the checkpoint, live tensor. Raises ConfigError."""
+    torch = sys.modules["torch"]
+    types = dtype_names()
+    wrong, converted = [], []
+    at: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for key, stored_name, live in pairs:
+        if stored_name not in specs or not isinstance(live, torch.Tensor) or torch.nn.parameter.is_lazy(live):
+            continue  # damage, or for load_state_dict to judge
+        there, here = specs[stored_name], Spec(types.get(live.dtype, str(live.dtype)), tuple(live.shape))
+        if there.shape != here.shape:
+            wrong.append(f"{key} has shape {list(there.shape)} in the checkpoint and {list(here.shape)} in the program")
+        elif there.dtype != here.dtype:
+            said = f"{key} is {there.dtype} in the checkpoint and {here.dtype} in the program"
+            real = {there.dtype, here.dtype} <= REAL
+            (converted if real else wrong).append(said)
+        if live.numel() and not is_dtensor(live):
+            place = (live.device, live.data_ptr(), live.shape, live.stride())
+            other_key, other_name = at.setdefault(place, (key, stored_name))
+            if live.data_ptr() and other_name != stored_name:
+                wrong.append(f"{other_key} and {key} are one tensor in the program and two in the checkpoint")
+    if wrong:
+        raise ConfigError(f"the checkpoint's {component} does not fit the program's: {_shortened(wrong)}")
+    if converted:
+        log.warning("the checkpoint's %s is converted: %s", component, _shortened(converted))
+
+
+def _shortened(said: list[str], most: int = 5) -> str:
+    return "; ".join(said[:most]) + (f"; and {len(said) - most} more" if len(said) > most else "")
 
 
 def _random_states() -> dict[str, Any]:

@@ -90,8 +90,12 @@ def _s3_options(address: Address, credentials: Any, environment: Mapping[str, st
     }
     if endpoint := address.options.get("endpoint"):
         options["endpoint"] = options["aws_endpoint_url_s3"] = endpoint
-    if (checksum := address.options.get("checksum", "sha256")) != "none":
+    if (checksum := address.options.get("checksum", "crc64nvme")) != "none":
         options["checksum_algorithm"] = checksum
+    if checksum != "sha256":
+        # Hashing the body for the signature as well would take twice the processor time of everything else in an upload.
+        # TLS keeps it from being changed on its way, and S3 verifies the checksum.
+        options["unsigned_payload"] = True
     # botocore reads another variable than object_store does. Whoever redirects one means both.
     metadata = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
     if metadata and not environment.get("AWS_METADATA_ENDPOINT"):

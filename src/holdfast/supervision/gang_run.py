@@ -80,6 +80,7 @@ class GangRun(FleetRun):
             every_steps=int(number) if unit == "steps" else None,
             every_seconds=number if unit == "seconds" else None,
             max_to_keep=self.job.checkpointing.max_to_keep,
+            compression=self.job.checkpointing.compression,
             # Each machine that is taken stops all of them.
             mean_seconds_between_preemptions=DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS / self.job.machines,
         )

@@ -426,6 +426,7 @@ class TrainingRun(Run[RunState]):
             every_steps=int(number) if unit == "steps" else None,
             every_seconds=number if unit == "seconds" else None,
             max_to_keep=self.job.checkpointing.max_to_keep,
+            compression=self.job.checkpointing.compression,
             mean_seconds_between_preemptions=3600 / rate if rate else None,
         )
 

@@ -394,3 +394,39 @@ def test_the_persist_process_has_no_pytorch_in_it(
         maps = Path(f"/proc/{committer._process.pid}/maps").read_text()
         assert "holdfast-snapshot" in maps and "torch" not in maps and "numpy" not in maps
         assert int(Path(f"/proc/{committer._process.pid}/stat").read_text().split()[18]) >= 10  # its niceness
+
+
+def test_the_other_kind_of_lock_keeps_processes_apart_too(
+    store: DirectoryStore, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where memory without a name can't be opened anew (macOS): the lock is the process's."""
+    script = (
+        "import sys, time\n"
+        "from holdfast.checkpoint import slots\n"
+        "slot = slots.Slot(int(sys.argv[1]), int(sys.argv[2]))\n"
+        "print(slot.take(), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    import fcntl
+    import subprocess
+    import sys
+
+    monkeypatch.setattr("holdfast.checkpoint.slots.LINUX", False)
+    monkeypatch.setattr("holdfast.checkpoint.slots.lock", fcntl.lockf)
+    slot = Slot.make(4096, 4096)
+    other = ["from holdfast.checkpoint import slots", "import fcntl", "slots.LINUX, slots.lock = False, fcntl.lockf"]
+    command = [sys.executable, "-c", "\n".join([*other, script]), str(slot.fileno()), str(slot.capacity_bytes)]
+    assert slot.take()
+    with subprocess.Popen(
+        command, pass_fds=[slot.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as second:
+        assert second.stdout and second.stdout.readline() == "False\n"
+        second.communicate()
+    slot.give_back()
+    with subprocess.Popen(
+        command, pass_fds=[slot.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as third:
+        assert third.stdout and third.stdout.readline() == "True\n"
+        assert not slot.take()
+        third.kill()
+    assert slot.take()

@@ -1,6 +1,6 @@
 """Shared memory that a training process fills and its persist process reads: two slots, each with a lock of its own.
 
-The lock is the slot's: whoever holds it fills it or makes it durable. It is a lock of the kernel's (flock), so a process
+The lock is the slot's: whoever holds it fills it or makes it durable. It is a lock of the kernel's, so a process
 that is killed gives it back; a snapshot that was being written then has no number, and nobody takes it for one.
 """
 
@@ -12,8 +12,13 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import tempfile
-from collections.abc import Callable
+
+LINUX = sys.platform == "linux"
+# flock's lock belongs to an open file, and a file that was handed on is the same one: so each process opens it anew,
+# which only Linux can do with nameless memory. Elsewhere the lock is the process's own (lockf).
+lock = fcntl.flock if LINUX else fcntl.lockf
 
 PAGE_BYTES = 4096
 HEAD = struct.Struct("<QQQ")  # number of the snapshot (0: none), bytes of the image, bytes of the words
@@ -28,9 +33,7 @@ class Slot:
         self.capacity_bytes = capacity_bytes
         self.closed = self.retired = False
         self._file = file
-        # The lock belongs to an open file, and a file that was handed on is the same one: so each opens it anew.
-        anew = f"/proc/self/fd/{file}"
-        self._lock = os.open(anew, os.O_RDWR | os.O_CLOEXEC) if os.path.exists(anew) else file
+        self._lock = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC) if LINUX else file
         self._map = mmap.mmap(file, capacity_bytes)
         self.memory = memoryview(self._map)
 
@@ -63,14 +66,14 @@ class Slot:
         if self.closed:
             return False
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            lock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
             return False
         return True
 
     def give_back(self) -> None:
         if not self.closed:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            lock(self._lock, fcntl.LOCK_UN)
 
     # -- what is in it; only for whoever has taken it -----------------------------------------------------------------
 
@@ -114,10 +117,9 @@ def _pages(size_bytes: int) -> int:
 
 def _advise(memory: mmap.mmap, advice: int) -> None:
     """Through ctypes: mmap.madvise knows neither, and holds the interpreter's lock. A kernel that refuses is no error."""
-    libc = ctypes.CDLL(None)
-    madvise: Callable[..., int] | None = getattr(libc, "madvise", None)
-    if madvise is None:
+    if not LINUX:
         return
+    madvise = ctypes.CDLL(None).madvise
     anchor = ctypes.c_char.from_buffer(memory)
     try:
         madvise(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(len(memory)), ctypes.c_int(advice))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows import DISPLAY_VARIABLE
+from flows import DISPLAY_VARIABLE, checkpoints
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import load_any_job, load_fleet_job, load_gang_job, load_job
@@ -204,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
             help="name of an account block (default: the local cloud); give it again for several clouds",
         )
         command.add_argument("--store", default="local", help="name of a checkpoint-store block (default: .holdfast)")
+
+    checkpoints.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the main job on the local cloud, preempted again and again")
     demo.add_argument("--seed", type=int, default=1, help="seed of the demonstration's market (default 1)")

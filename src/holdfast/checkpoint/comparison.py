@@ -142,6 +142,8 @@ def _compare_tensors(
                 else:
                     found.tensors.append(difference)
                 progress(2 * spec.size_bytes)
+    order = {path: number for number, path in enumerate(pairs)}
+    found.tensors.sort(key=lambda one: order[one.path])
 
 
 def _difference(path: str, what: str, here: Any, there: Any) -> TensorDifference | None:

@@ -161,7 +161,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             elif (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict")):
                 return super().find_class(module, name)
         described = (
-            isinstance(found, type) and found.__module__ == f"{DCP}.metadata"
+            (isinstance(found, type) and found.__module__ == f"{DCP}.metadata")
             or isinstance(found, torch.dtype) or found is torch.Size
             or (module, name) in ((f"{DCP}.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"))
             or (module == "pathlib" and name.endswith("Path"))

@@ -323,7 +323,8 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if "reseed" in states:
         states["reseed"]()
         return
-    random.setstate(states["python"])
+    if "python" in states:  # what another program's checkpoint became has none
+        random.setstate(states["python"])
     if "numpy" in states:
         import numpy
 

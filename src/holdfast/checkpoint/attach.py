@@ -176,6 +176,8 @@ class Attached:
                 "steps() was called before: let one loop run over all steps of all epochs, and call it once"
             )
         self._looping = True
+        if self._around:
+            self._training.collect()  # the user's own state is there by now
         self._step, self._total = self.resumed_step, total
         if self._random_states is not None:
             set_random_states(self._random_states)  # here: what ran since attach() must not have used them up

@@ -84,7 +84,7 @@ class Committer:
         self.fenced = False
         """A later attempt has begun: nothing of this one counts any more."""
         self._rest = b""
-        self._sending = threading.Lock()  # snapshots are offered from the thread that copies them
+        self._sending = threading.RLock()  # snapshots are offered from the thread that copies them
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = self._ready = False
         self._start()
@@ -163,14 +163,15 @@ class Committer:
                 env=environment,
                 start_new_session=True,
             )
-        self._connection, self._rest = ours, b""
         self._started_at = time.monotonic()
-        if self._begun:
-            self._send_orders()
-        if self._slots:
-            self._send_slots()
-        if self._newest is not None and self.busy:
-            self._send_offer()
+        with self._sending:  # orders first, then slots: an offer before them would not be understood
+            self._connection, self._rest = ours, b""
+            if self._begun:
+                self._send_orders()
+            if self._slots:
+                self._send_slots()
+            if self._newest is not None and self.busy:
+                self._send_offer()
 
     def _send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
         with self._sending, contextlib.suppress(OSError):  # it is dead; the next look at it finds that out

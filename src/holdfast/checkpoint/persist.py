@@ -413,20 +413,22 @@ class Listener:
         return None
 
     def listen(self, persister: Persister) -> None:
-        for message in self._messages():
-            if message["kind"] == "offer":
-                folder = message["folder"]
-                persister.offer(
-                    Offer(
-                        number=message["number"],
-                        slot=self._slots[message["slot"]],
-                        step=message["step"],
-                        began=message["began"],
-                        hold_seconds=message["hold_seconds"],
-                        folder=Path(folder) if folder else None,
+        try:
+            for message in self._messages():
+                if message["kind"] == "offer":
+                    folder = message["folder"]
+                    persister.offer(
+                        Offer(
+                            number=message["number"],
+                            slot=self._slots[message["slot"]],
+                            step=message["step"],
+                            began=message["began"],
+                            hold_seconds=message["hold_seconds"],
+                            folder=Path(folder) if folder else None,
+                        )
                     )
-                )
-        persister.orphan()
+        finally:  # also when a message was not understood: the training then starts another process
+            persister.orphan()
 
     def _messages(self) -> Any:
         """Each whole line; the files that come with the word 'slots' become our slots. Ends with the connection."""

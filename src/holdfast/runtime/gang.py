@@ -6,7 +6,9 @@ number is the attempt of every commit in it, so that all ranks have the same, an
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from holdfast.clock import Clock
 from holdfast.errors import NotFoundError
 from holdfast.runtime import contract
 from holdfast.storage import ObjectStore
+
+PORTS = (20000, 32000)
+"""Below what Linux gives to connections that ask for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,9 @@ class Membership:
 
 
 def free_port() -> int:
-    """One that is free now; should it be taken before torchrun has it, the formation fails, and the next has another."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """One that is free now, and that the system gives to no outgoing connection before torchrun has it."""
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port

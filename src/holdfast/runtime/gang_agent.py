@@ -22,6 +22,8 @@ BROKEN_WALL_SECONDS = 10.0
 """Ranks whose collectives lost a peer fail by themselves, some (NCCL's) only after minutes."""
 TORCHRUN_WALL_SECONDS = 45.0
 """torchrun itself kills ranks that do not end within 30 s."""
+UNKNOWN = -1
+"""Number of the newest formation, as long as the store was not asked."""
 
 
 class GangAgent(Agent):
@@ -36,24 +38,28 @@ class GangAgent(Agent):
         self._leave_by = self._kill_at = self._next_look = 0.0
 
     def _carry_out(self) -> None:
-        number, left = self.gang.newest(), Left()
+        number, left = UNKNOWN, Left()
         while True:
             self.formation = self._next_formation(number, left)
             number = self.formation.number
             ending = self._take_part(self.formation)
-            if ending["outcome"] == "finished" or (self.notice and self.notice.kind != "rebalance"):
-                self._create_end(ending)
+            finished, noticed = ending["outcome"] == "finished", self.notice and self.notice.kind != "rebalance"
+            if finished or noticed:
+                # A program that fails at the notice may have missed a peer that had it too.
+                self._create_end(ending if finished else {**ending, "outcome": "preempted"})
                 return
             left = Left(**ending, report=self._report())
 
     def _next_formation(self, number: int, left: Left) -> Formation:
         """The first after `number` that this machine is in. Raises Interrupted on a notice."""
-        told, next_look = -1, 0.0
+        told, next_look = UNKNOWN, 0.0
         while True:
             self._stop_if_noticed(left.log_tail or "its gang had not formed yet")
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + self._beat_every
                 try:
+                    if number == UNKNOWN:
+                        number = self.gang.newest()
                     if told != number:
                         self.gang.wait_for(number + 1, left)
                         told = number

@@ -15,7 +15,9 @@ from holdfast.ledger.gang_state import Formation, GangState, read_gang_state
 from holdfast.ledger.gang_summary import gang_headline, gang_to_markdown, summarise_gang
 from holdfast.ledger.journal import Entry
 from holdfast.model import GangJob, parse_interval
+from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.gang_policy import Dissolve, Form, Ready
+from holdfast.placement.policy import GiveUp, Wait
 from holdfast.runtime import contract
 from holdfast.supervision.fleet_run import FleetRun
 from holdfast.supervision.fleet_watch import FleetWatch
@@ -46,6 +48,9 @@ class GangRun(FleetRun):
     @property
     def missing(self) -> int:
         return 0 if self.state.trained else super().missing
+
+    def _decide(self) -> LaunchRound | Wait | GiveUp | None:
+        return None if self.state.trained else super()._decide()
 
     @property
     def program_failures(self) -> list[str]:

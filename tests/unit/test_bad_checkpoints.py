@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import resource
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +425,99 @@ def test_the_piece_that_is_named_is_the_damaged_one(saved: Any) -> None:
                 checkpoints = Checkpoints(store, "run")
                 checkpoints.verify(CheckpointId(1, 20), checkpoints.manifest(CheckpointId(1, 20)))
         store.put(key, whole)
+
+
+# -- two processes, and a bad day of the store ------------------------------------------------------------------------
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield b"half"
+        begun.set()
+        go_on.wait(LONG)
+
+    def killed_midway() -> Iterator[bytes]:
+        yield b"half"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=lambda: store.put("killed", killed_midway()))
+    killed.start()
+    killed.join()
+    writer = threading.Thread(target=lambda: store.put("alive", slowly()))
+    writer.start()
+    assert begun.wait(LONG)
+    staged = {path.name.split(".")[0]: path for path in tmp_path.iterdir()}
+    assert set(staged) == {"killed", "alive"}
+    assert store.list("") == [] and all(path.exists() for path in staged.values())  # it might only be slow
+    for path in staged.values():
+        os.utime(path, (time.time() - 600, time.time() - 600))
+    assert store.list("") == []
+    assert not staged["killed"].exists() and staged["alive"].exists()
+    go_on.set()
+    writer.join()
+    assert store.get("alive") == b"half"
+
+
+def test_an_attempt_that_was_replaced_stops_and_changes_nothing(started: Started) -> None:
+    old, new = network(), network()
+    zombie = started.attempt(1, model=old, optimizer=adamw(old), every="1 steps")
+    loop = iter(zombie.steps(100))
+    next(loop), next(loop)
+    assert zombie._committer.wait(1, LONG)
+    optimizer = adamw(new)
+    run = started.attempt(2, model=new, optimizer=optimizer)
+    assert run.resumed_step == 1
+    train(run, new, optimizer, 3)
+    before = [info for info in started.store.list(contract.checkpoint_prefix("run"))]
+    with pytest.raises(SystemExit) as left:
+        for _ in loop:
+            step(old, optimizer)
+            time.sleep(0.05)
+    assert left.value.code == contract.EXIT_PREEMPTED_UNCOMMITTED
+    assert started.store.list(contract.checkpoint_prefix("run")) == before
+    assert started.checkpoints.committed()[-1] == CheckpointId(2, 3)
+
+
+def test_saves_to_a_disk_that_is_full_fail_by_name_and_succeed_when_it_has_room_again(started: Started) -> None:
+    """No file of the persist process may become larger than a limit: to it that is the same as a full disk."""
+    model = nn.Linear(6, 40_000)
+    optimizer = adamw(model)
+    run = started.attempt(1, model=model, optimizer=optimizer, every="1 steps")
+    persisting = run._committer._process.pid
+    resource.prlimit(persisting, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+    until, failures = time.monotonic() + LONG, []
+    for number in run.steps(1_000_000):
+        step(model, optimizer)
+        if number >= 5 and not failures and (failures := started.events(1, "commit-failed")):
+            assert started.checkpoints.committed() == []
+            resource.prlimit(persisting, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if failures and started.checkpoints.committed():
+            run.stop()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert "state.safetensors: [Errno 27] File too large" in failures[0]["error"]
+    newest = started.checkpoints.committed()[-1]
+    assert newest.step == number and run._committer._process.pid == persisting
+    started.checkpoints.verify(newest, started.checkpoints.manifest(newest))
+
+
+def test_a_store_that_can_t_be_written_from_the_start_is_told_and_training_goes_on(started: Started) -> None:
+    """It may be for a moment only: nothing is known that another try could not change."""
+    started.store.root.write_text("in the way of the store's folder")
+    model = network()
+    optimizer = adamw(model)
+    run = started.attempt(1, model=model, optimizer=optimizer, every="1 steps")
+    for number in run.steps(1_000_000):
+        step(model, optimizer)
+        if number == 5:
+            assert run._committer.committed_step <= 0
+        if number >= 5 and started.events(1, "commit-failed") and started.store.root.is_file():
+            started.store.root.unlink()
+        if run._committer.committed_step > 0:
+            run.stop()
+        time.sleep(0.01)
+    assert "Not a directory" in started.events(1, "commit-failed")[0]["error"]
+    assert started.checkpoints.committed()[-1].step == number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.snapshot import Snapshot
+from holdfast.runtime.contract import PERSISTING_LOCK
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +154,11 @@ class Committer:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        with theirs, open(self._log_file or os.devnull, "ab") as said:
+        with theirs, open(self._log_file or os.devnull, "ab") as said, self._hold_machine() as held:
             # A session of its own: what ends the training's process group must not end a commit that has begun.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "holdfast.checkpoint.persist", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *held],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
@@ -172,6 +174,18 @@ class Committer:
                 self._send_slots()
             if self._newest is not None and self.busy:
                 self._send_offer()
+
+    @contextlib.contextmanager
+    def _hold_machine(self) -> Iterator[list[int]]:
+        """A locked file for the new process: while that lives, the machine's agent does not end the machine. The lock
+        is taken here, so that there is no moment without it when this process is killed.
+        """
+        if self._log_file is None:
+            yield []
+            return
+        with open(self._log_file.with_name(PERSISTING_LOCK), "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield [file.fileno()]
 
     def _send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
         with self._sending, contextlib.suppress(OSError):  # it is dead; the next look at it finds that out

@@ -9,7 +9,6 @@ process that crashes for as long as the commit it has begun takes, and the machi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from holdfast.checkpoint.folders import FILES, file_pieces, plain_files
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
 from holdfast.errors import AlreadyExistsError, HoldfastError, TransientError
-from holdfast.runtime.contract import PERSISTING_LOCK, metrics_prefix
+from holdfast.runtime.contract import metrics_prefix
 from holdfast.storage import ObjectStore, open_store
 
 log = logging.getLogger(__name__)
@@ -358,35 +357,23 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     around = Surroundings.from_environment()
     assert around
-    with held_open(around):
-        listener = Listener(connection)
-        listener.tell({"kind": "ready"})
-        orders = listener.orders()
-        if orders is None:
-            return 0
-        persister = Persister(
-            open_store(around.store_url),
-            around.run_id,
-            around.attempt,
-            orders,
-            Reporter(around),
-            around.clock.speed,
-            listener.tell,
-        )
-        threading.Thread(target=listener.listen, args=(persister,), daemon=True).start()
-        persister.work()
+    listener = Listener(connection)
+    listener.tell({"kind": "ready"})
+    orders = listener.orders()
+    if orders is None:
+        return 0
+    persister = Persister(
+        open_store(around.store_url),
+        around.run_id,
+        around.attempt,
+        orders,
+        Reporter(around),
+        around.clock.speed,
+        listener.tell,
+    )
+    threading.Thread(target=listener.listen, args=(persister,), daemon=True).start()
+    persister.work()
     return 0
-
-
-@contextlib.contextmanager
-def held_open(around: Surroundings) -> Any:
-    """While this is held, the machine's agent does not end the machine: a commit may be under way."""
-    if around.telemetry is None:
-        yield
-        return
-    with open(around.telemetry.with_name(PERSISTING_LOCK), "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield
 
 
 class Listener:

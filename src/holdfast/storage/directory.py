@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import time
@@ -14,8 +15,10 @@ from holdfast.storage.direct_io import read_direct, write_direct
 from holdfast.storage.keys import STAGED_SUFFIX, check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
 
-ABANDONED_SECONDS = 24 * 3600.0
-"""What a killed writer left half-written is removed when it has not grown for so long."""
+ABANDONED_SECONDS, UNLOCKED_SECONDS = 24 * 3600.0, 120.0
+"""What a killed writer left half-written is removed when it has not grown for so long; the shorter time is for what
+nobody has locked. Locks alone don't tell: on some network file systems other machines don't see them.
+"""
 
 
 class DirectoryStore:
@@ -120,9 +123,9 @@ class DirectoryStore:
                 for chunk in chunks:
                     write_direct(file, chunk)
                 os.fsync(file)
+                yield staged  # still locked
             finally:
                 os.close(file)
-            yield staged
         except OSError as error:
             raise TransientError(f"{self.url}: can't write {path.relative_to(self.root)}: {error}") from error
         finally:
@@ -132,8 +135,21 @@ class DirectoryStore:
 
 def _remove_if_abandoned(staged: Path) -> None:
     with contextlib.suppress(OSError):
-        if time.time() - staged.stat().st_mtime > ABANDONED_SECONDS:
+        seconds = time.time() - staged.stat().st_mtime
+        if seconds > ABANDONED_SECONDS or (seconds > UNLOCKED_SECONDS and not _is_locked(staged)):
             staged.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    """Raises OSError where the file system has no locks."""
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def _raise_unless_gone(error: OSError) -> None:
@@ -147,7 +163,10 @@ def _open_in_new_folder(path: Path) -> int:
     for _ in range(20):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            with contextlib.suppress(OSError):  # as long as its writer lives; where there are locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
     raise FileNotFoundError(f"{path.parent} disappears as fast as it is made")
 
 

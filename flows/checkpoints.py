@@ -5,27 +5,31 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from flows.checkpoints_display import (
+    facts_of,
+    instant,
+    print_comparison,
+    progress_bar,
+    size,
+    table_of,
+    terminal,
+    verdict,
+)
 from flows.server import prefect_server
 from holdfast.checkpoint import inspection
 from holdfast.errors import ConfigError, DamagedCheckpointError
 from holdfast.runtime.contract import journal_prefix
-from holdfast.storage import ObjectStore, open_store
+from holdfast.storage import DirectoryStore, ObjectStore, open_store
 
 DEFAULT_STORE = ".holdfast"
 ALL = "all"
-PLAIN_WIDTH = 160
-SHOWN = 40
-"""Differences of one kind that are listed."""
 
 
 def add_parser(commands: Any) -> None:
@@ -90,11 +94,7 @@ def add_parser(commands: Any) -> None:
 def store_of(name: str) -> ObjectStore:
     """Folders and URLs need no Prefect. Raises ConfigError."""
     if name.startswith("file://") or ("://" not in name and (name.startswith(".") or "/" in name)):
-        store = open_store(name)
-        folder = Path(store.url.removeprefix("file://"))
-        if not folder.is_dir():
-            raise ConfigError(f"store {name!r}: there is no such folder")
-        return store
+        return open_store(name)
     if "://" in name:
         from blocks.store import CheckpointStore
 
@@ -105,52 +105,60 @@ def store_of(name: str) -> ObjectStore:
         return load_store(name).store()
 
 
+def existing_store_of(name: str) -> ObjectStore:
+    """The same, unless it is a folder that is not there."""
+    store = store_of(name)
+    if isinstance(store, DirectoryStore) and not store.root.is_dir():
+        raise ConfigError(f"store {name!r}: there is no folder {store.root}")
+    return store
+
+
 # -- looking ----------------------------------------------------------------------------------------------------------
 
 
 def list_command(options: argparse.Namespace) -> int:
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     if not options.run:
         return _list_runs(store, options.store)
-    table = _table("checkpoint", "step", "attempt", "kind", "ranks", "size", "made at", "parent", "")
+    table = table_of("checkpoint", "step", "attempt", "kind", "ranks", "size", "made at", "parent", "")
     damaged = 0
     for one in inspection.glance(store, options.run):
         damaged += bool(one.problem)
         table.add_row(
             str(one.id), str(one.id.step), str(one.id.attempt), one.kind, str(one.world_size), size(one.size_bytes),
-            _instant(one.manifest), one.manifest.get("parent") or "", _verdict(one.problem),
+            instant(one.manifest), one.manifest.get("parent") or "", verdict(one.problem),
         )  # fmt: skip
-    _out().print(table)
+    terminal().print(table)
     return 1 if damaged else 0
 
 
 def show_command(options: argparse.Namespace) -> int:
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     checkpoint = inspection.find(store, options.run, options.checkpoint)
     look = next(one for one in inspection.glance(store, options.run) if one.id == checkpoint)
     problem, holds = look.problem, []
     if look.manifest:
         try:
-            with progress_bar(f"reading {checkpoint}", look.size_bytes) as advance:
+            with progress_bar(f"reading {checkpoint}", look.bytes_to_read) as advance:
                 inspection.verify(store, options.run, checkpoint, advance)
             if look.kind == "state":
                 holds = inspection.holdings(inspection.open_state(store, options.run, checkpoint))
         except DamagedCheckpointError as error:
             problem = problem or str(error)
-    out = _out()
+    out = terminal()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(options.run, look, problem):
+    for name, value in facts_of(options.run, look, problem):
         facts.add_row(name, escape(value) if name != "state" else value)
     out.print(facts)
     if holds:
-        table = _table("component", "tensors", "elements", "size")
+        table = table_of("component", "tensors", "elements", "size")
         for one in holds:
             table.add_row(escape(one.name), str(one.tensors), f"{one.elements:,}", size(one.size_bytes))
         out.print(table)
     if look.manifest:
-        table = _table("object", "size", "checksum")
+        table = table_of("object", "size", "checksum")
         for name, entry in look.manifest["objects"].items():
             sums = (
                 f"SHA-256 {entry['sha256'][:16]}…" if "sha256" in entry else f"CRC-32 of {len(entry['crc32'])} pieces"
@@ -161,13 +169,13 @@ def show_command(options: argparse.Namespace) -> int:
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     looks = inspection.glance(store, options.run)
     if options.checkpoint != ALL:
         chosen = inspection.find(store, options.run, options.checkpoint)
         looks = [one for one in looks if one.id == chosen]
     damaged = 0
-    with progress_bar("verifying", sum(one.size_bytes for one in looks)) as advance:
+    with progress_bar("verifying", sum(one.bytes_to_read for one in looks)) as advance:
         for one in looks:
             problem = ""
             try:
@@ -175,14 +183,14 @@ def verify_command(options: argparse.Namespace) -> int:
             except (DamagedCheckpointError, ConfigError) as error:
                 problem = str(error)
                 damaged += 1
-            _out().print(f"{one.id}  {size(one.size_bytes):>9}  {_verdict(problem, read=True)}", soft_wrap=True)
+            terminal().print(f"{one.id}  {size(one.size_bytes):>9}  {verdict(problem, read=True)}", soft_wrap=True)
     return 1 if damaged else 0
 
 
 def diff_command(options: argparse.Namespace) -> int:
     from holdfast.checkpoint.comparison import compare_files, compare_states
 
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     (run, which), (other_run, other_which) = _two(options.which)
     here, there = inspection.find(store, run, which), inspection.find(store, other_run, other_which)
     looks = [
@@ -195,13 +203,13 @@ def diff_command(options: argparse.Namespace) -> int:
     if looks[0].kind != looks[1].kind:
         raise ConfigError(f"{here} is a {looks[0].kind}, {there} a {looks[1].kind}: they can't be compared")
     if looks[0].kind == "state":
-        with progress_bar("comparing", sum(look.size_bytes for look in looks)) as advance:
+        with progress_bar("comparing", sum(look.bytes_to_read for look in looks)) as advance:
             found = compare_states(
                 inspection.open_state(store, run, here), inspection.open_state(store, other_run, there), advance
             )
     else:
         found = compare_files(looks[0].manifest, looks[1].manifest)
-    _print_comparison(
+    print_comparison(
         found,
         f"{run}@{here}" if run != other_run else str(here),
         f"{other_run}@{there}" if run != other_run else str(there),
@@ -216,7 +224,7 @@ def export_command(options: argparse.Namespace) -> int:
     from holdfast.checkpoint import export
     from holdfast.checkpoint.commits import Checkpoints
 
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     checkpoint = inspection.find(store, options.run, options.checkpoint)
     manifest = Checkpoints(store, options.run).manifest(checkpoint)
     suffix, to, component = options.to.suffix, options.to, options.component
@@ -239,9 +247,11 @@ def export_command(options: argparse.Namespace) -> int:
             else:
                 left_out = export.to_dcp(content, to, component, _names(options.rename), advance)
     written = sum(path.stat().st_size for path in ([to] if to.is_file() else to.rglob("*")) if path.is_file())
-    _out().print(f"{checkpoint} of run {escape(options.run)} -> {escape(str(to))} ({size(written)})", soft_wrap=True)
+    terminal().print(
+        f"{checkpoint} of run {escape(options.run)} -> {escape(str(to))} ({size(written)})", soft_wrap=True
+    )
     if left_out:
-        _out().print(f"left out, since no tensors: {escape(', '.join(left_out))}", soft_wrap=True)
+        terminal().print(f"left out, since no tensors: {escape(', '.join(left_out))}", soft_wrap=True)
     return 0
 
 
@@ -253,7 +263,7 @@ def import_command(options: argparse.Namespace) -> int:
     state = read_program_state(options.path)
     components, values, random_states = as_components(state, _names(options.rename))
     checkpoint = import_state(store, options.run, options.step, components, values, random_states, options.path.name)
-    out = _out()
+    out = terminal()
     out.print(
         f"run {escape(options.run)} begins with checkpoint {checkpoint}: attach() is to be given {escape(', '.join(components))}",
         soft_wrap=True,
@@ -266,7 +276,7 @@ def import_command(options: argparse.Namespace) -> int:
 
 
 def prune_command(options: argparse.Namespace) -> int:
-    store = store_of(options.store)
+    store = existing_store_of(options.store)
     if options.keep < (least := _kept_while_live(store, options.run)):
         _refuse_live(store, options.run, f"it keeps {least}: give --keep {least} or more, or wait for its end")
     looks = {one.id: one for one in inspection.glance(store, options.run)}
@@ -274,7 +284,7 @@ def prune_command(options: argparse.Namespace) -> int:
         doomed = inspection.superfluous(store, options.run, options.keep, advance)
     if not options.only_list:
         inspection.remove(store, options.run, doomed)
-    out = _out()
+    out = terminal()
     for one in doomed:
         out.print(f"{'would delete' if options.only_list else 'deleted'} {one}  {size(looks[one].size_bytes)}")
     freed = size(sum(looks[one].size_bytes for one in doomed))
@@ -312,95 +322,19 @@ def _base(run: str) -> str:
     return run.partition("/members/")[0]
 
 
-# -- words ------------------------------------------------------------------------------------------------------------
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+# -- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _list_runs(store: ObjectStore, name: str) -> int:
     found = inspection.runs(store)
     if not found:
-        _out().print(f"no run has a checkpoint in {escape(name)}")
+        terminal().print(f"no run has a checkpoint in {escape(name)}")
         return 0
-    table = _table("run", "checkpoints", "newest")
+    table = table_of("run", "checkpoints", "newest")
     for run, ids in found.items():
         table.add_row(escape(run), str(len(ids)), str(ids[-1]))
-    _out().print(table)
+    terminal().print(table)
     return 0
-
-
-def _facts(run: str, look: inspection.Glance, problem: str) -> Iterator[tuple[str, str]]:
-    manifest = look.manifest
-    yield "checkpoint", f"{look.id} of run {run}"
-    yield "state", _verdict(problem, read=True)
-    yield "size", f"{size(look.size_bytes)} in {len(manifest.get('objects', ()))} objects"
-    if not manifest:
-        return
-    total = f" of {manifest['total_steps']}" if manifest.get("total_steps") else ""
-    yield "step", f"{look.id.step}{total}, attempt {look.id.attempt}"
-    yield "kind", look.kind
-    yield "parent", manifest.get("parent") or "none"
-    yield "ranks", f"{look.world_size}"
-    untold = {"objects", "ranks", "kind", "parent", "step", "attempt", "total_steps", "run"}
-    for name, value in inspection.leaves({key: value for key, value in manifest.items() if key not in untold}):
-        if value is not None:
-            yield name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _print_comparison(found: Any, here: str, there: str) -> None:
-    from holdfast.checkpoint.comparison import shown
-
-    out = _out()
-    if found.remark:
-        out.print(escape(found.remark), soft_wrap=True)
-    if found.metadata:
-        table = _table("metadata", here, there)
-        for name, mine, its in found.metadata[:SHOWN]:
-            table.add_row(escape(name), escape(shown(mine)), escape(shown(its)))
-        _print_rows(out, table, len(found.metadata))
-    for where, names in ((here, found.only_here), (there, found.only_there)):
-        if names:
-            out.print(
-                f"only in {escape(where)}: {escape(', '.join(names[:SHOWN]))}" + _more(len(names)), soft_wrap=True
-            )
-    if found.values:
-        table = _table("value", here, there)
-        for name, mine, its in found.values[:SHOWN]:
-            table.add_row(escape(name), escape(shown(mine)), escape(shown(its)))
-        _print_rows(out, table, len(found.values))
-    if found.tensors:
-        table = _table("tensor", "type and shape", "elements that differ", "largest difference")
-        for one in found.tensors[:SHOWN]:
-            if one.here != one.there:
-                table.add_row(escape(one.path), escape(f"{one.here} / {one.there}"), "", "")
-            else:
-                table.add_row(
-                    escape(one.path), escape(one.here), f"{one.elements:,} of {one.total:,}", f"{one.largest:.6g}"
-                )
-        _print_rows(out, table, len(found.tensors))
-    what = "the states are equal" if found.same_state else "the states differ"
-    counted = (
-        f"; {found.equal_tensors} tensors equal, {len(found.tensors)} different"
-        if found.equal_tensors or found.tensors
-        else ""
-    )
-    out.print(what + counted)
-
-
-def _print_rows(out: Console, table: Table, count: int) -> None:
-    out.print(table)
-    if count > SHOWN:
-        out.print(_more(count).strip())
-
-
-def _more(count: int) -> str:
-    return f" and {count - SHOWN} more" if count > SHOWN else ""
 
 
 def _two(which: list[str]) -> list[tuple[str, str]]:
@@ -416,54 +350,6 @@ def _names(pairs: list[str]) -> dict[str, str]:
         if not re.fullmatch(r"[^=]+=[^=]*", one):
             raise ConfigError(f"--rename {one}: write OLD=NEW")
     return {old: new for old, _, new in (one.partition("=") for one in pairs)}
-
-
-def _verdict(problem: str, read: bool = False) -> str:
-    if problem:
-        return f"[bold red]damaged[/]: {escape(problem)}"
-    return "[green]valid[/]" if read else "[green]all there[/]"
-
-
-def _instant(manifest: dict[str, Any]) -> str:
-    return str(manifest.get("created_at", ""))[:19].replace("T", " ")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in columns:
-        right = name in (
-            "step",
-            "attempt",
-            "ranks",
-            "size",
-            "tensors",
-            "elements",
-            "checkpoints",
-            "elements that differ",
-            "largest difference",
-        )
-        table.add_column(escape(name), justify="right" if right else "left", overflow="fold")
-    return table
-
-
-def _out() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-
-
-@contextmanager
-def progress_bar(what: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
-    """On standard error, and only where somebody looks at it."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=total_bytes)
-        yield lambda count: progress.advance(bar, count)
 
 
 def _interruptible(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

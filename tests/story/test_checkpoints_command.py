@@ -56,6 +56,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def steady() -> dict[int, float]:
+    """What plain torch, uninterrupted, comes to."""
+    return plain(1, 8)
+
+
 @pytest.fixture
 def command(folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]):
     """Runs `holdfast checkpoints ...` on a copy of the trained store; (exit status, output and errors)."""
@@ -130,7 +136,7 @@ def test_what_is_not_there_is_one_line_with_a_remedy(command, arguments: list[st
 
 def test_a_store_that_is_not_there_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", "list", "--store", "./nowhere"]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_two_checkpoints_are_compared_to_the_element(command, folder: Path) -> None:
@@ -191,8 +197,7 @@ def test_plain_torch_goes_on_from_an_exported_folder_to_the_bit(command, folder:
     assert went_on == {step: loss for step, loss in losses(folder, "steady").items() if step > begin}
 
 
-def test_a_folder_of_plain_torch_is_gone_on_with_to_the_bit(command, folder: Path) -> None:
-    steady = plain(1, 8)
+def test_a_folder_of_plain_torch_is_gone_on_with_to_the_bit(command, folder: Path, steady: dict[int, float]) -> None:
     assert plain(1, 4, end=folder / "dcp") == {step: steady[step] for step in range(1, 5)}
     status, said = command("import", folder / "dcp", "--run", "taken", "--step", 4, "--rename", "optim=optimizer")
     assert status == 0 and all(name in said for name in ("model", "optimizer", "scheduler"))
@@ -202,8 +207,9 @@ def test_a_folder_of_plain_torch_is_gone_on_with_to_the_bit(command, folder: Pat
     assert status == 2 and "checkpoints already" in said
 
 
-def test_what_two_ranks_sharded_goes_on_with_one_and_the_other_way_round(command, folder: Path) -> None:
-    steady = plain(1, 8)
+def test_what_two_ranks_sharded_goes_on_with_one_and_the_other_way_round(
+    command, folder: Path, steady: dict[int, float]
+) -> None:
     plain(1, 4, end=folder / "dcp", ranks=2)
     assert command("import", folder / "dcp", "--run", "taken", "--step", 4, "--rename", "optim=optimizer")[0] == 0
     attached(folder, "taken", 8)

@@ -104,7 +104,10 @@ def to_dcp(
         state |= _about(content, tensors)
     with _whole_or_none(folder) as staged, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(state, checkpoint_id=staged, no_dist=True)
+        try:
+            dcp.save(state, checkpoint_id=staged, no_dist=True)
+        except dcp.CheckpointException as error:  # no Exception, so nobody else would catch it
+            raise ConfigError(f"{folder} can't be written: {error}") from error
     return []
 
 

@@ -118,7 +118,7 @@ def _read_dcp(folder: Path) -> dict[str, Any]:
     import warnings
 
     import torch
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -143,7 +143,7 @@ def _read_dcp(folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             _load_state_dict(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
-    except Exception as error:  # torch wraps what happens there into exceptions of many kinds
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, and holds those of many kinds
         raise ConfigError(f"{folder} can't be read as a checkpoint of {DCP}: {_reason(error)}") from error
     return state
 
@@ -206,13 +206,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _take(state: dict[str, Any], key: str) -> Any:
     """Remove and return what lies under a key, or a dotted path of keys."""
-    if key in state:
-        return state.pop(key)
-    first, dot, rest = key.partition(".")
-    if not dot or not isinstance(state.get(first), dict):
-        raise ConfigError(f"there is no {key!r} in it; it has {', '.join(map(str, state))}")
-    state[first] = dict(state[first])
-    return _take(state[first], rest)
+    inner, rest = state, key
+    while rest not in inner:
+        first, dot, rest = rest.partition(".")
+        if not dot or not isinstance(inner.get(first), dict):
+            raise ConfigError(f"there is no {key!r} in it; it has {', '.join(map(str, inner))}")
+        inner[first] = dict(inner[first])  # the caller's stays as it is
+        inner = inner[first]
+    return inner.pop(rest)
 
 
 def _grouped(saved: dict[str, Any]) -> dict[str, Any]:

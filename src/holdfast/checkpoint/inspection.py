@@ -38,6 +38,7 @@ class Glance:
     manifest: dict[str, Any]
     """Empty when it can't be read."""
     size_bytes: int
+    """As stored: images may be compressed."""
     problem: str
     """In words; empty when the manifest is whole, and every object is there in its size."""
 
@@ -48,6 +49,10 @@ class Glance:
     @property
     def world_size(self) -> int:
         return len(self.manifest.get("ranks") or [None])
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(entry["size_bytes"] for entry in self.manifest.get("objects", {}).values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,8 +245,8 @@ def _glance(checkpoints: Checkpoints, run: str, checkpoint: CheckpointId, there:
         size = there.get(prefix + name)
         if size is None:
             problems.append(f"{name} is missing")
-        elif size != entry["size_bytes"]:
-            problems.append(f"{name} has {size} bytes, not {entry['size_bytes']}")
+        elif size != (expected := entry.get("stored_bytes", entry["size_bytes"])):
+            problems.append(f"{name} has {size} bytes, not {expected}")
     return Glance(id=checkpoint, manifest=manifest, size_bytes=size_bytes, problem="; ".join(problems))
 
 

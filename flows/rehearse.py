@@ -12,6 +12,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows.train import carry_out
+from holdfast.checkpoint.planner import MARGIN_SECONDS
 from holdfast.checkpoint.reader import read_metrics, tensor_digest
 from holdfast.drivers.local import LocalCloudConfig, LocalDriver
 from holdfast.drivers.local.config import Fate, ScriptedMarket
@@ -28,8 +29,8 @@ NEVER_FALL_BACK = 10_000
 NOTICE_POLL_SECONDS = 0.1
 """A short job would be over before its own poll heard the notice; the verdict adds the job's poll to the flush."""
 
-REHEARSED_NOTICE_SECONDS = 10.0
-"""A real one of 120 s would outlast a short job: it would train on to its end."""
+NOTICE_SECONDS = 10.0
+"""For a program that is only told to end; one that plans what to do with a window gets one that just fits a commit."""
 
 Preemption = Literal["notice", "no-notice", "during-commit"]
 
@@ -56,8 +57,10 @@ def rehearse(
     total = steady.state.attempts[-1].last_step or 0 if steady.state.attempts else 0
     interrupted = None
     if not problem:
+        window = notice_seconds(steady)
         fates = [
-            fate(kind, total * number // (preemptions + 1)) for number, kind in enumerate(turns(kinds, preemptions), 1)
+            fate(kind, total * number // (preemptions + 1), window)
+            for number, kind in enumerate(turns(kinds, preemptions), 1)
         ]
         interrupted = rehearsal_run(job, folder, f"{name}-interrupted", fates)
         problem = run_it(interrupted)
@@ -75,10 +78,19 @@ def turns(kinds: list[Preemption], preemptions: int) -> list[Preemption]:
     return list(islice(cycle(kinds or ["no-notice"]), preemptions))
 
 
-def fate(kind: Preemption, step: int) -> Fate:
+def fate(kind: Preemption, step: int, window_seconds: float) -> Fate:
     if kind == "during-commit":
         return Fate(in_phase="commit", after_step=max(1, step), notice=False)
-    return Fate(at_step=max(1, step), notice=kind == "notice", notice_seconds=REHEARSED_NOTICE_SECONDS)
+    return Fate(at_step=max(1, step), notice=kind == "notice", notice_seconds=window_seconds)
+
+
+def notice_seconds(steady: TrainingRun) -> float:
+    """Long enough for one commit like the slowest in peace, too short for a second: in a real window of 120 s a short job
+    would train on to its end, and never be resumed.
+    """
+    commits = [attempt.report.get("longest", {}).get("wall_commit_seconds") for attempt in steady.state.attempts]
+    known = [seconds for seconds in commits if seconds]
+    return MARGIN_SECONDS + NOTICE_POLL_SECONDS + 1.5 * max(known) if known else NOTICE_SECONDS
 
 
 def rehearsal_run(job: TrainingJob, folder: Path, run_id: str, fates: list[Fate]) -> TrainingRun:

@@ -521,3 +521,62 @@ def test_a_store_that_can_t_be_written_from_the_start_is_told_and_training_goes_
         time.sleep(0.01)
     assert "Not a directory" in started.events(1, "commit-failed")[0]["error"]
     assert started.checkpoints.committed()[-1].step == number
+
+
+def test_two_programs_of_one_attempt_damage_nothing_of_each_other_s(started: Started) -> None:
+    """A program that was started twice by mistake. Of each step, the first to commit it wins."""
+    models = [network(), network()]
+    with torch.no_grad():
+        models[1][0].weight.add_(1.0)
+    optimizers = [adamw(model) for model in models]
+    runs = [
+        started.attempt(1, model=models[number], optimizer=optimizers[number], every="1 steps") for number in (0, 1)
+    ]
+    ends: list[dict[int, list[torch.Tensor]]] = [{}, {}]
+    loops = [iter(run.steps(12)) for run in runs]
+    for both in zip(*loops, strict=True):
+        assert both[0] == both[1]
+        for number in (0, 1):
+            step(models[number], optimizers[number])
+            ends[number][both[0]] = [value.clone() for value in models[number].state_dict().values()]
+    there = started.checkpoints.committed()
+    assert there[-1] == CheckpointId(1, 12) and len(there) >= 3
+    for checkpoint in there:
+        manifest = started.checkpoints.manifest(checkpoint)
+        started.checkpoints.verify(checkpoint, manifest)
+        held = StateContent(started.checkpoints, checkpoint, manifest).read({})
+        values = [held[f"model.{name}"] for name in models[0].state_dict()]
+        assert any(
+            all(torch.equal(one, other) for one, other in zip(values, end[checkpoint.step], strict=True))
+            for end in ends
+        )
+
+
+def limited_to_more(megabytes: int) -> Any:
+    """Address space, from what is in use now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize() + megabytes * 2**20, resource.RLIM_INFINITY
+
+
+def test_where_memory_is_short_one_snapshot_at_a_time_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    offered: list[Snapshot] = []
+    training = TrainingState({}, {"weights": torch.zeros(100, 2**18)})
+    snapshots = Snapshots(training, offered.append, lambda slots: None)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, limited_to_more(60))
+    try:
+        with pytest.raises(ConfigError, match=r"there are no 105 MB of shared memory .* with so little memory"):
+            snapshots.take(1, {})
+        resource.setrlimit(resource.RLIMIT_AS, limited_to_more(160))
+        assert snapshots.take(2, {})
+        assert len(snapshots.slots) == 1 and "only one snapshot at a time" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    snapshots.close()
+    assert offered[0].slot.take() and offered[0].slot.number == offered[0].number
+
+
+def test_a_file_of_the_user_s_that_is_called_like_a_manifest_makes_no_checkpoint(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put(f"{contract.checkpoint_prefix('run')}0001-{10:012d}/files/manifest.json", b"{}")
+    assert Checkpoints(store, "run").committed() == []

@@ -64,7 +64,7 @@ class Checkpoints:
 
     def committed(self) -> list[CheckpointId]:
         """Oldest first."""
-        return sorted(self._ids(lambda key: key.endswith("/" + MANIFEST)))
+        return sorted(self._ids(lambda name: name == MANIFEST))
 
     def commit(
         self, checkpoint: CheckpointId, objects: Mapping[str, Iterable[Data]], manifest: Mapping[str, Any]
@@ -304,10 +304,11 @@ class Checkpoints:
         )
 
     def _ids(self, wanted: Callable[[str], bool]) -> set[CheckpointId]:
+        """Of the checkpoints that have an object whose name is `wanted`."""
         found = set()
         for info in self._store.list(self._prefix):
-            name, slash, _ = info.key.removeprefix(self._prefix).partition("/")
-            if slash and wanted(info.key) and name.replace("-", "").isdigit():
+            name, slash, inner = info.key.removeprefix(self._prefix).partition("/")
+            if slash and wanted(inner) and name.replace("-", "").isdigit():
                 found.add(CheckpointId.parse(name))
         return found
 

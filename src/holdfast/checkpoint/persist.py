@@ -52,7 +52,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     token: str = ""
-    """Drawn anew whenever the ranks start: parts of an earlier start never mix with ours."""
+    """Drawn anew whenever the ranks start: objects of another start never mix with ours, or take their place."""
     tells: bool = True
     """Is it the one of its machine that reports?"""
 
@@ -235,15 +235,27 @@ class Persister:
             objects = self._all_parts(checkpoint)
             facts["bytes"] = sum(entry["size_bytes"] for entry in objects.values())
         manifest = {"kind": "state", "parent": str(self.orders.parent) if self.orders.parent else None, **words}
-        with contextlib.suppress(AlreadyExistsError):  # this very step was committed before
+        try:
             self._checkpoints.publish(checkpoint, objects, {**manifest, "ranks": self._rank_objects()})
+        except AlreadyExistsError:
+            self._check_other(checkpoint)
         self._committed(checkpoint, facts)
         self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
+
+    def _check_other(self, checkpoint: CheckpointId) -> None:
+        """This step of this attempt was committed before: by the process before this one, or by another program that
+        saves to this run. Its objects have other names than ours. Raises DamagedCheckpointError unless it is whole.
+        """
+        manifest = self._checkpoints.manifest(checkpoint)
+        if manifest.get("ranks") != self._rank_objects():
+            log.warning("another process saves to the same attempt checkpoint=%s", checkpoint)
+            self._checkpoints.verify(checkpoint, manifest)
 
     def _rank_objects(self) -> list[dict[str, str]]:
         ranks = self.orders.ranks
         if ranks.world_size == 1:
-            return [{"tree": TREE, "state": STATE}]
+            folder = f"{ranks.token}/" if ranks.token else ""
+            return [{"tree": folder + TREE, "state": folder + STATE}]
         names = [rank_name(rank, ranks.token) for rank in range(ranks.world_size)]
         return [{"tree": f"{name}.json", "state": f"{name}.safetensors"} for name in names]
 

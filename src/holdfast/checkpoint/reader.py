@@ -44,10 +44,12 @@ def tensor_digest(store: ObjectStore, run_id: str) -> str | None:
     infos = [info for info in list_checkpoints(store, run_id) if not info.problem]
     if not infos:
         return None
-    objects = infos[-1].metadata["objects"]
+    manifest = infos[-1].metadata
+    # An image's own name has a random number in it.
+    ranks = {rank["state"]: f"rank {number}" for number, rank in enumerate(manifest.get("ranks") or [])}
     parts = {
-        name: entry.get("sha256") or entry["crc32"]
-        for name, entry in sorted(objects.items())
+        ranks.get(name, name): entry.get("sha256") or entry["crc32"]
+        for name, entry in sorted(manifest["objects"].items())
         if name.startswith(FILES) or not name.endswith(".json")  # trees have times and versions in them
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

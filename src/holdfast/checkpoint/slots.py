@@ -29,12 +29,20 @@ class Slot:
     """One snapshot: a page with its sizes, the image, and words (JSON). The image begins on a page: direct I/O wants it."""
 
     def __init__(self, file: int, capacity_bytes: int) -> None:
-        """Takes the file over. Another process opens the same memory by `Slot(os.dup(file), capacity_bytes)`."""
+        """Takes the file over. Another process opens the same memory by `Slot(os.dup(file), capacity_bytes)`.
+
+        Raises OSError when there is no memory for it; the file is closed then.
+        """
         self.capacity_bytes = capacity_bytes
         self.closed = self.retired = False
         self._file = file
         self._lock = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC) if LINUX else file
-        self._map = mmap.mmap(file, capacity_bytes)
+        try:
+            self._map = mmap.mmap(file, capacity_bytes)
+        except OSError:
+            for one in {self._file, self._lock}:
+                os.close(one)
+            raise
         self.memory = memoryview(self._map)
 
     @classmethod

@@ -25,7 +25,7 @@ from holdfast.checkpoint.image import Image, Spec, plan
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.state import Leaf, TrainingState
 from holdfast.checkpoint.tensors import dtypes
-from holdfast.errors import HoldfastError
+from holdfast.errors import ConfigError, HoldfastError
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ class Snapshots:
         """Begin a snapshot of the state after `step`. `words`: what else is kept with it, as JSON.
 
         None when no slot is free (one is being made durable, and there is no second one); with `wait`, it waits.
-        Returns as soon as the training may go on; `settle` ends it. Raises ConfigError for what can't be stored.
+        Returns as soon as the training may go on; `settle` ends it. Raises ConfigError for what can't be stored, and when
+        there is no memory to store it in.
         """
         self.settle()
         began = time.monotonic()
@@ -211,7 +212,7 @@ class Snapshots:
             self._views = []
             for slot in self._slots:
                 slot.close()
-            self._slots = [Slot.make(size, 2 * words_bytes + WORDS_BYTES) for _ in range(self._slot_count)]
+            self._slots = self._make_slots(size, 2 * words_bytes + WORDS_BYTES)
             self._numbers = {}
             for slot in self._slots:
                 _pin(slot)
@@ -219,6 +220,21 @@ class Snapshots:
             self._renew(self._slots)
         if not self._views:
             self._views = [_views(slot, self._image) if self._image else {} for slot in self._slots]
+
+    def _make_slots(self, image_bytes: int, words_bytes: int) -> list[Slot]:
+        """As many as were asked for, or at least one. Raises ConfigError when there is no memory for that."""
+        slots: list[Slot] = []
+        try:
+            for _ in range(self._slot_count):
+                slots.append(Slot.make(image_bytes, words_bytes))
+        except OSError as error:
+            wanted = f"{image_bytes / 1e6:,.0f} MB of shared memory for a snapshot"
+            if not slots:
+                raise ConfigError(
+                    f"there are no {wanted} ({error}): the state can't be saved on a machine with so little memory"
+                ) from error
+            log.warning("only one snapshot at a time: there are no more %s (%s)", wanted, error)
+        return slots
 
     def _free_slot(self, wait: bool) -> int | None:
         """Oldest first: the newest snapshot is the one to keep until another is whole."""

@@ -257,7 +257,10 @@ def export_command(options: argparse.Namespace) -> int:
 
 def import_command(options: argparse.Namespace) -> int:
     from holdfast.checkpoint.importing import as_components, import_state, read_program_state
+    from holdfast.supervision.opening import RUN_ID
 
+    if not RUN_ID.fullmatch(options.run):
+        raise ConfigError(f"--run {options.run}: a run's id has small letters, digits and hyphens, 80 at most")
     store = store_of(options.store)
     _refuse_live(store, options.run, "nothing is imported into it")
     state = read_program_state(options.path)
@@ -313,7 +316,7 @@ def _kept_while_live(store: ObjectStore, run: str) -> int:
 
     for entry in Journal(store, journal_prefix(_base(run))).read():
         if entry.kind == "run-started":
-            kept = (entry.fields.get("job") or {}).get("checkpoint") or {}
+            kept = (entry.fields.get("job") or {}).get("checkpointing") or {}
             return int(kept.get("max_to_keep") or 0)
     return 0
 

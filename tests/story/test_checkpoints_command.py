@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,12 @@ from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.folders import FolderCommitter
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reader import read_metrics
+from holdfast.errors import ConfigError
+from holdfast.ledger.journal import Journal
+from holdfast.model import TrainingJob
+from holdfast.runtime.contract import journal_prefix
 from holdfast.storage import DirectoryStore
+from holdfast.supervision.opening import refuse_what_others_left
 from holdfast.supervision.ownership import Ownership
 from tests.conftest import PROGRAMS
 
@@ -106,12 +112,12 @@ def test_a_run_is_found_listed_and_shown(command, folder: Path) -> None:
 
 def test_a_flipped_bit_is_found_by_show_and_verify_and_named(command, folder: Path) -> None:
     checkpoint, path = newest(folder)
-    flip(path / "state.safetensors", -5)
+    flip(next(path.rglob("state.safetensors")), -5)
     status, said = command("verify", "steady", "all")
     assert status == 1 and said.count("damaged") == 1 and "state.safetensors" in said and "CRC-32" in said
     status, said = command("show", "steady", checkpoint)
     assert status == 1 and "damaged" in said and "piece 0" in said
-    (path / "state.safetensors").unlink()
+    next(path.rglob("state.safetensors")).unlink()
     status, said = command("list", "steady")
     assert status == 1 and "state.safetensors is missing" in said
     (path / "manifest.json").write_text("{")
@@ -150,12 +156,12 @@ def test_two_checkpoints_are_compared_to_the_element(command, folder: Path) -> N
 def test_pruning_leaves_the_newest_that_is_whole(command, folder: Path) -> None:
     ids = Checkpoints(DirectoryStore(folder / "store"), "steady").committed()
     assert len(ids) >= 3
-    flip(newest(folder)[1] / "tree.json", 10)
+    flip(next(newest(folder)[1].rglob("tree.json")), 10)
     status, said = command("prune", "steady", "--keep", 1, "--list")
     assert status == 0 and said.count("would delete") == len(ids) - 2
     assert command("prune", "steady", "--keep", 1)[0] == 0
     assert Checkpoints(DirectoryStore(folder / "store"), "steady").committed() == ids[-2:]
-    flip(folder / "store/runs/steady/checkpoints" / str(ids[-2]) / "tree.json", 10)
+    flip(next((folder / "store/runs/steady/checkpoints" / str(ids[-2])).rglob("tree.json")), 10)
     status, said = command("prune", "steady", "--keep", 1)
     assert status == 2 and "none is whole: nothing is deleted" in said
 
@@ -163,8 +169,8 @@ def test_pruning_leaves_the_newest_that_is_whole(command, folder: Path) -> None:
 def test_a_live_run_is_pruned_no_further_than_it_does_itself(command, folder: Path) -> None:
     store = DirectoryStore(folder / "store")
     Ownership(store, "steady").claim()
-    started = {"kind": "run-started", "at": "2026-01-01T00:00:00+00:00", "job": {"checkpoint": {"max_to_keep": 2}}}
-    store.put("runs/steady/journal/000001.json", json.dumps(started).encode())
+    job = TrainingJob.model_validate({"name": "gpt", "script": "train.py", "checkpointing": {"max_to_keep": 2}})
+    Journal(store, journal_prefix("steady")).append("run-started", datetime.now(UTC), job=job.model_dump(mode="json"))
     status, said = command("prune", "steady", "--keep", 1)
     assert status == 2 and "being worked on" in said and "--keep 2 or more" in said
     assert command("prune", "steady", "--keep", 2)[0] == 0
@@ -201,10 +207,15 @@ def test_a_folder_of_plain_torch_is_gone_on_with_to_the_bit(command, folder: Pat
     assert plain(1, 4, end=folder / "dcp") == {step: steady[step] for step in range(1, 5)}
     status, said = command("import", folder / "dcp", "--run", "taken", "--step", 4, "--rename", "optim=optimizer")
     assert status == 0 and all(name in said for name in ("model", "optimizer", "scheduler"))
+    refuse_what_others_left(
+        DirectoryStore(folder / "store"), "taken"
+    )  # an orchestrator takes it for its run's beginning
     assert "state {'step': 4}" in attached(folder, "taken", 8)
     assert losses(folder, "taken") == {step: steady[step] for step in range(5, 9)}
     status, said = command("import", folder / "dcp", "--run", "taken", "--step", 4)
     assert status == 2 and "checkpoints already" in said
+    with pytest.raises(ConfigError, match="that no journal explains"):
+        refuse_what_others_left(DirectoryStore(folder / "store"), "taken")
 
 
 def test_what_two_ranks_sharded_goes_on_with_one_and_the_other_way_round(

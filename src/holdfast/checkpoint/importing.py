@@ -21,8 +21,8 @@ from holdfast.checkpoint.tree import flatten
 from holdfast.errors import ConfigError, DamagedCheckpointError
 from holdfast.storage import ObjectStore
 
-ATTEMPT = 0
-"""Of what no attempt of the run made: every attempt's checkpoints are newer."""
+IMPORTED = 0
+"""The attempt of what no attempt of the run made: every attempt's checkpoints are newer."""
 DCP = "torch.distributed.checkpoint"
 
 
@@ -84,7 +84,7 @@ def import_state(
         "random": flatten(dict(random_states), "random", take),
         "shards": {},
     }
-    checkpoint = CheckpointId(ATTEMPT, step)
+    checkpoint = CheckpointId(IMPORTED, step)
     objects = {TREE: checkpoints.write(checkpoint, TREE, [json.dumps(tree).encode()])}
     if tensors:
         objects[STATE] = checkpoints.write_image(checkpoint, STATE, memoryview(_image(tensors)))
@@ -96,7 +96,7 @@ def import_state(
             "kind": "state",
             "parent": None,
             "run": run,
-            "attempt": ATTEMPT,
+            "attempt": IMPORTED,
             "step": step,
             "created_at": datetime.now(UTC).isoformat(),
             "imported_from": origin,

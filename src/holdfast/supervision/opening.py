@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from holdfast.checkpoint.importing import IMPORTED
 from holdfast.drivers.protocol import Driver
 from holdfast.errors import ConfigError
 from holdfast.ledger.budget import Budget, BudgetLedger
@@ -43,7 +44,9 @@ def open_run(
 
 
 def refuse_what_others_left(store: ObjectStore, run_id: str) -> None:
-    if store.list(checkpoint_prefix(run_id)):
+    """What was imported is there to begin with."""
+    imported = f"{checkpoint_prefix(run_id)}{IMPORTED:04d}-"
+    if any(not info.key.startswith(imported) for info in store.list(checkpoint_prefix(run_id))):
         raise ConfigError(
             f"store: {store.url!r} holds checkpoints under run id {run_id!r} that no journal explains: they are another "
             "job's; use another run_id, or another store"

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from flows.__main__ import main
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
@@ -24,6 +26,7 @@ from holdfast.storage import DirectoryStore
 from holdfast.supervision.opening import refuse_what_others_left
 from holdfast.supervision.ownership import Ownership
 from tests.conftest import PROGRAMS
+from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
 
 REPOSITORY = PROGRAMS.parent.parent
 
@@ -143,6 +146,33 @@ def test_what_is_not_there_is_one_line_with_a_remedy(command, arguments: list[st
 def test_a_store_that_is_not_there_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", "list", "--store", "./nowhere"]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_bucket_is_a_store_like_any_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    weights = {"weight": torch.arange(6.0).reshape(2, 3)}
+    torch.save({"model": weights, "epoch": 3}, folder / "model.pt")
+    with S3Emulator("checkpoints") as s3:
+        store = ["--store", s3.url("checkpoints", "team/a")]
+        assert main(["checkpoints", "import", "model.pt", "--run", "bucket", "--step", "3", *store]) == 0
+        for verb in (["list"], ["show", "bucket"], ["verify", "bucket"], ["export", "bucket", "--to", "m.safetensors"]):
+            assert main(["checkpoints", *verb, *store]) == 0, capsys.readouterr()
+        assert torch.equal(load_file(folder / "m.safetensors")["weight"], weights["weight"])
+        assert main(["checkpoints", "prune", "bucket", "--keep", "1", *store]) == 0
+        assert main(["checkpoints", "list", "nobody", *store]) == 2
+
+
+def test_a_store_is_named_by_its_block_too(
+    command, folder: Path, store: DirectoryStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "store").rename(store.root)
+    assert main(["checkpoints", "list", "--store", "local"]) == 0
+    assert "steady" in capsys.readouterr().out
+    assert main(["checkpoints", "list", "--store", "lokal"]) == 2
+    assert "did you mean 'local'?" in capsys.readouterr().err
 
 
 def test_two_checkpoints_are_compared_to_the_element(command, folder: Path) -> None:

@@ -256,6 +256,22 @@ def test_what_was_exported_comes_back_whole(name: str, state: OpenState, store: 
     assert same(there["optimizer"], here["optimizer"] if name == "whole" else numbered(here["optimizer"]))
 
 
+def test_tied_weights_are_one_again_after_dcp_and_safetensors(
+    state: OpenState, store: DirectoryStore, folder: Path
+) -> None:
+    to_dcp(state, folder / "whole")
+    to_safetensors(state, folder / "model.safetensors")
+    for name in ("whole", "model.safetensors"):
+        components, values, random_states = as_components(read_program_state(folder / name), {})
+        assert components["model"]["head.weight"] is components["model"]["embed.weight"]
+        found = import_state(store, name.partition(".")[0], 4, components, values, random_states, name)
+        tree = open_state(store, name.partition(".")[0], found).trees[0]["components"]
+        assert tree["model"]["head.weight"] == tree["model"]["embed.weight"]
+    components, _, _ = as_components(read_program_state(folder / "whole"), {})
+    steps = [values["step"] for values in components["optimizer"]["state"].values()]
+    assert len({one.data_ptr() for one in steps}) == len(steps)  # equal, and each parameter's own
+
+
 def test_optimizers_that_were_saved_flat_are_taken(store: DirectoryStore, trained, folder: Path) -> None:
     model, optimizer = trained
     model_state, flat = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +53,8 @@ def as_components(
     components = {name: value for name, value in found.items() if isinstance(value, dict)}
     values = {name: value for name, value in found.items() if not isinstance(value, dict)}
     components = {name: _by_component(name, _grouped(value), components) for name, value in components.items()}
+    modules = {one.partition(".")[0] for saved in components.values() for one in _named_parameters(saved)}
+    components = {name: _tied(value) if name in modules else value for name, value in components.items()}
     return components, {**about.get("state", {}), **values}, _random(about.get("random", {}))
 
 
@@ -198,7 +201,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         part = torch.frombuffer(body[place.start : place.stop] or bytearray(1), dtype=torch.uint8)
         part = part[: place.stop - place.start]
         tensors[name] = part.view(dtypes()[place.spec.dtype]).reshape(place.spec.shape)
-    return {"model": tensors}
+    return {"model": _tied(tensors)}
 
 
 # -- what is in them --------------------------------------------------------------------------------------------------
@@ -235,6 +238,33 @@ def _grouped(saved: dict[str, Any]) -> dict[str, Any]:
         else:
             groups.append({**values, "params": [parameter]})
     return {"state": state, "param_groups": groups}
+
+
+def _named_parameters(saved: Any) -> list[str]:
+    if not is_optimizer(saved):
+        return []
+    return [one for group in saved["param_groups"] for one in group["params"] if isinstance(one, str)]
+
+
+def _tied(weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights of a module, equal ones as one tensor: DCP and safetensors write tied weights once for each of their names,
+    and what is one in the program must be one in the checkpoint. A module copies what it loads, so that equal weights
+    which are not tied stay two there; other objects may keep what they are given, optimizers do.
+    """
+    import torch
+
+    kept: dict[tuple[Any, ...], list[Any]] = {}
+    found = {}
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and weight.numel() and can_encode(weight):
+            whole = as_bytes(weight.contiguous())
+            alike = kept.setdefault((weight.dtype, weight.shape, zlib.crc32(memoryview(whole.numpy()))), [])
+            twin = next((one for one in alike if torch.equal(as_bytes(one.contiguous()), whole)), None)
+            if twin is None:
+                alike.append(weight)
+            weight = weight if twin is None else twin
+        found[name] = weight
+    return found
 
 
 def _by_component(name: str, saved: dict[str, Any], components: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from holdfast.checkpoint.commits import PIECE_BYTES, CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
 from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
+from holdfast.checkpoint.reader import read_metrics
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.snapshot import Snapshot, Snapshots
@@ -580,3 +581,13 @@ def test_a_file_of_the_user_s_that_is_called_like_a_manifest_makes_no_checkpoint
     store = DirectoryStore(tmp_path)
     store.put(f"{contract.checkpoint_prefix('run')}0001-{10:012d}/files/manifest.json", b"{}")
     assert Checkpoints(store, "run").committed() == []
+
+
+def test_what_an_attempt_said_of_steps_that_were_never_committed_is_no_part_of_the_losses(tmp_path: Path) -> None:
+    """Its machine was killed between the metrics and the manifest, and the next attempt stopped early."""
+    store = DirectoryStore(tmp_path)
+    for attempt, steps in ((1, (1, 2)), (1, (3, 4, 5)), (2, (3,))):
+        lines = [json.dumps({"step": one, "attempt": attempt, "metrics": {"loss": attempt}}) for one in steps]
+        name = f"{CheckpointId(attempt, steps[-1])}.jsonl"
+        store.put(contract.metrics_prefix("run") + name, "\n".join(lines).encode())
+    assert read_metrics(store, "run") == {1: {"loss": 1}, 2: {"loss": 1}, 3: {"loss": 2}}

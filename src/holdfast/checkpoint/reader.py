@@ -56,10 +56,16 @@ def tensor_digest(store: ObjectStore, run_id: str) -> str | None:
 
 
 def read_metrics(store: ObjectStore, run_id: str) -> dict[int, dict[str, float]]:
-    """Step -> name -> value, of every committed step. A step that two attempts trained has the later one's."""
+    """Step -> name -> value, of every committed step. A step that two attempts trained has the later one's, and where
+    that ended earlier, what the one before did beyond never came to a checkpoint.
+    """
     metrics: dict[int, dict[str, float]] = {}
+    attempt = None
     for info in store.list(metrics_prefix(run_id)):  # in the order of (attempt, step)
         for line in store.get(info.key).splitlines():
             record = json.loads(line)
+            if record["attempt"] != attempt:
+                attempt = record["attempt"]
+                metrics = {step: values for step, values in metrics.items() if step < record["step"]}
             metrics[record["step"]] = record["metrics"]
     return metrics

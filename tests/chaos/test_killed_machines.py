@@ -57,6 +57,6 @@ def test_ten_kills_at_random_instants_change_no_bit_of_weights_or_losses(
     assert_lost_steps_were_trained_again(summary, folder, "killed")
     for attempt in run.state.attempts:
         noticed = (attempt.report.get("notice") or {}).get("kind") == "preemption"
-        # Without notice at most one interval, and the one commit that was under way.
-        assert attempt.lost_steps <= (0 if noticed else 20), (attempt.number, context)
+        # Without notice at most one interval, and the one commit that was under way, by a process of low priority.
+        assert attempt.lost_steps <= (0 if noticed else 40), (attempt.number, context)
     assert_nothing_left(driver)

@@ -32,9 +32,11 @@ def test_a_preemption_with_notice_loses_no_step(folder: Path, store: DirectorySt
     assert summary["lost_steps"] == trained_again(folder, "light") == 0
 
 
-def test_a_preemption_without_notice_loses_at_most_one_interval(folder: Path, store: DirectoryStore) -> None:
+def test_a_preemption_without_notice_loses_at_most_one_interval_and_a_commit(
+    folder: Path, store: DirectoryStore
+) -> None:
     summary = summary_of(folder, light_job(folder), [Fate(at_step=55, notice=False)], store)
-    assert 0 < summary["lost_steps"] <= 10
+    assert 0 < summary["lost_steps"] <= 20  # one interval, and what is trained while a commit is under way
     assert_lost_steps_were_trained_again(summary, folder, "light")
     assert summary["steps_total"] == 100
     assert sorted(read_metrics(store, "light")) == list(range(1, 101))
@@ -44,7 +46,7 @@ def test_a_progress_bar_hides_no_step_that_was_lost(folder: Path, store: Directo
     job = light_job(folder, "bar").model_copy(update={"script": "progress_bar.py", "args": []})
     summary = summary_of(folder, job, [Fate(at_step=55, notice=False)], store)
     assert outcomes(summary) == [("spot", "preempted"), ("spot", "finished")]
-    assert 0 < summary["lost_steps"] <= 10
+    assert 0 < summary["lost_steps"] <= 20  # one interval, and what is trained while a commit is under way
     assert_lost_steps_were_trained_again(summary, folder, "bar")
 
 

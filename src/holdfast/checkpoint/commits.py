@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import mmap
 import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from holdfast.checkpoint import compression
 from holdfast.errors import ConfigError, DamagedCheckpointError, NotFoundError, TransientError
 from holdfast.runtime.contract import checkpoint_prefix, lease_key
 from holdfast.storage import ObjectStore
+from holdfast.storage.direct_io import huge_buffer
 from holdfast.storage.protocol import Data
 
 try:
@@ -198,16 +198,16 @@ class Checkpoints:
         entry = manifest["objects"][name]
         size_bytes, piece_bytes, sums = image_bytes(entry), entry["piece_bytes"], entry["crc32"]
         ends = list(itertools.accumulate(entry.get("stored_bytes", ())))
-        spare: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        spare: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         numbers = range(len(sums)) if wanted is None else sorted(set(wanted))
         for _ in range(min(READERS, len(numbers))):
-            spare.put(mmap.mmap(-1, piece_bytes))  # mapped memory begins at a page, as direct reads want it
+            spare.put(huge_buffer(piece_bytes))
 
         def read(number: int) -> None:
             start = number * piece_bytes
             buffer = spare.get()
             try:
-                view = memoryview(buffer)[: min(piece_bytes, size_bytes - start)]
+                view = buffer[: min(piece_bytes, size_bytes - start)]
                 where = f"{checkpoint}/{name}, bytes {start} to {start + len(view)} (piece {number})"
                 key = f"{self._prefix}{checkpoint}/{name}"
                 try:

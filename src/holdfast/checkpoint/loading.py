@@ -5,20 +5,16 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from holdfast.checkpoint.commits import STATE, TREE, CheckpointId, Checkpoints, image_bytes
-from holdfast.checkpoint.image import ALIGNMENT, ITEM_BYTES, Place, Spec, header_bytes, read_places
+from holdfast.checkpoint.image import ITEM_BYTES, Place, Spec, header_bytes, read_places
 from holdfast.checkpoint.shards import Box, is_dtensor, like, local_part, whole
 from holdfast.checkpoint.tensors import as_bytes, dtypes
 from holdfast.errors import ConfigError, DamagedCheckpointError
-
-ARENA_BYTES = 256 * 1024 * 1024
-SMALLEST_IN_ARENA_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +76,6 @@ class StateContent:
 
         filled: dict[str, Any] = {}
         sharded: dict[str, tuple[Any, Any]] = {}
-        fresh = _Arena()
         targets: list[tuple[Stored, Any, Box]] = []
         for name in self.tensors if names is None else names:
             if name not in self.tensors:
@@ -89,7 +84,7 @@ class StateContent:
             shape, dtype = stored.spec.shape, dtypes()[stored.spec.dtype]
             if is_dtensor(live) and tuple(live.shape) == shape:
                 _, box, _ = local_part(name, live)
-                local = fresh.empty(box.shape, dtype)
+                local = torch.empty(box.shape, dtype=dtype)
                 targets.append((stored, local, box))
                 sharded[name] = live, local
                 continue
@@ -97,7 +92,7 @@ class StateContent:
                 type(live) is torch.Tensor and live.device.type == "cpu" and live.is_contiguous()
                 and live.dtype == dtype and tuple(live.shape) == shape
             )  # fmt: skip
-            tensor = live if usable else fresh.empty(shape, dtype)
+            tensor = live if usable else torch.empty(shape, dtype=dtype)
             targets.append((stored, tensor, whole(shape)))
             filled[name] = tensor
         self._fill(targets)
@@ -180,31 +175,6 @@ class StateContent:
                     run.into[first - run.start : last - run.start].copy_(source[first - start : last - start])
 
         self._checkpoints.read_pieces(self.checkpoint, self.manifest, image, use, wanted)
-
-
-class _Arena:
-    """Memory for the tensors of one load in huge pages: the first touch of ordinary ones takes longer than the reading.
-
-    A block lives as long as any tensor in it; an optimizer keeps them all.
-    """
-
-    def __init__(self) -> None:
-        self._block, self._used = memoryview(b""), 0
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        import torch
-
-        size = math.prod(shape) * dtype.itemsize
-        if not SMALLEST_IN_ARENA_BYTES <= size <= ARENA_BYTES // 4:
-            return torch.empty(shape, dtype=dtype)
-        if self._used + size > len(self._block):
-            block = mmap.mmap(-1, ARENA_BYTES)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
-            self._block, self._used = memoryview(block), 0
-        part = self._block[self._used : self._used + size]
-        self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return torch.frombuffer(part, dtype=dtype).reshape(shape)
 
 
 class _Run(NamedTuple):

@@ -6,13 +6,14 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flows import DISPLAY_VARIABLE, checkpoints
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import load_any_job, load_fleet_job, load_gang_job, load_job
+from holdfast.model import Job, load_any_job, load_fleet_job, load_gang_job, load_job
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
@@ -41,16 +42,7 @@ def train_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from flows.train import train
 
-        summary = train(
-            job,
-            account=accounts_of(options),
-            store=options.store,
-            budget=options.budget,
-            run_id=options.run_id,
-            notify=options.notify,
-        )
-        _show(summary)
-    return 0
+        return carry_out(train, job, options)
 
 
 def fleet_command(options: argparse.Namespace) -> int:
@@ -58,16 +50,7 @@ def fleet_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from flows.fleet import fleet
 
-        summary = fleet(
-            job,
-            account=accounts_of(options),
-            store=options.store,
-            budget=options.budget,
-            run_id=options.run_id,
-            notify=options.notify,
-        )
-        _show(summary)
-    return 0
+        return carry_out(fleet, job, options)
 
 
 def gang_command(options: argparse.Namespace) -> int:
@@ -75,15 +58,19 @@ def gang_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from flows.gang import gang
 
-        summary = gang(
-            job,
-            account=accounts_of(options),
-            store=options.store,
-            budget=options.budget,
-            run_id=options.run_id,
-            notify=options.notify,
-        )
-        _show(summary)
+        return carry_out(gang, job, options)
+
+
+def carry_out(flow: Callable[..., dict[str, Any]], job: Job, options: argparse.Namespace) -> int:
+    summary = flow(
+        job,
+        account=accounts_of(options),
+        store=options.store,
+        budget=options.budget,
+        run_id=options.run_id,
+        notify=options.notify,
+    )
+    _show(summary)
     return 0
 
 

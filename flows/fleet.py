@@ -13,7 +13,7 @@ from blocks import load_budget, load_driver, load_store
 from flows.fleet_display import fleet_watchers
 from flows.train import state_after
 from holdfast.errors import CapacityError, OverBudgetError, QuotaError, RunTakenError
-from holdfast.model import FleetJob
+from holdfast.model import FleetJob, GangJob
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.supervision.fleet_opening import open_fleet_run
@@ -51,6 +51,13 @@ def fleet(
         run_id: Name of the run. The same name again goes on with that run, from its journal. Empty: a new run.
         notify: A notification block, as type/name, that gets the summary. Empty: none.
     """
+    return open_and_carry_out(job, account, store, budget, run_id, notify)
+
+
+def open_and_carry_out(
+    job: FleetJob | GangJob, account: str | list[str], store: str, budget: str, run_id: str, notify: str
+) -> dict[str, Any]:
+    """What a flow of many machines does with its parameters; the summary."""
     if notify:
         load_notification(notify)
     driver, objects = load_driver(account), load_store(store).store()

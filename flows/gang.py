@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
+from prefect import flow
 
-from blocks import load_budget, load_driver, load_store
-from flows.fleet import carry_out_fleet
+from flows.fleet import open_and_carry_out
 from holdfast.model import GangJob
-from holdfast.supervision.fleet_opening import open_fleet_run
-from holdfast.supervision.preflight import check_reachable
-from tasks.costs import load_notification
 
 
 @flow(name="gang", flow_run_name="gang-{job.name}")
@@ -34,17 +29,4 @@ def gang(
         run_id: Name of the run. The same name again goes on with that run, from its journal. Empty: a new run.
         notify: A notification block, as type/name, that gets the summary. Empty: none.
     """
-    if notify:
-        load_notification(notify)
-    driver, objects = load_driver(account), load_store(store).store()
-    check_reachable(objects.url, driver.name)
-    run = open_fleet_run(  # refuses everything that can be known to be wrong; nothing is launched before it returns
-        job,
-        driver,
-        objects,
-        load_budget(budget) if budget else None,
-        run_id or f"{job.name}-{str(flow_run.id)[:8]}",
-    )
-    summary = carry_out_fleet(run, notify)
-    get_run_logger().info(run.headline(summary))
-    return summary
+    return open_and_carry_out(job, account, store, budget, run_id, notify)

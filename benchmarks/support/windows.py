@@ -49,10 +49,6 @@ class Window:
         return self.ends[-1] - self.began
 
     @property
-    def mean_step(self) -> float:
-        return self.seconds / len(self.ends)
-
-    @property
     def steps(self) -> list[float]:
         return [end - began for began, end in zip([self.began, *self.ends], self.ends, strict=False)]
 

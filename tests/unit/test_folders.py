@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
-from holdfast.checkpoint.folders import FolderCommitter, plain_files
+from holdfast.checkpoint.folders import FolderCommitter, plain_files, replace_files
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.clock import WallClock
 from holdfast.errors import ConfigError, DamagedCheckpointError
@@ -254,9 +254,8 @@ def test_a_program_that_removes_its_checkpoint_folder_goes_on_committing(store: 
 
 
 def test_the_restored_state_s_folder_is_refused_outside_its_place_too(tmp_path: Path) -> None:
-    from holdfast.checkpoint.attach import _restore_folder
 
     for escape in ("../outside", "/outside"):
         with pytest.raises(DamagedCheckpointError):
-            _restore_folder(tmp_path / "folder", {f"files/{escape}": b"x"})
+            replace_files(tmp_path / "folder", {f"files/{escape}": b"x"})
     assert not list(tmp_path.rglob("outside"))

@@ -12,20 +12,19 @@ import logging
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import planner
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.committer import Committer
 from holdfast.checkpoint.elastic import LearningRateRule, learning_rate_factor
-from holdfast.checkpoint.folders import FILES, plain_files
+from holdfast.checkpoint.folders import FILES, copy_of, replace_files
 from holdfast.checkpoint.loading import StateContent, check_kind
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.ranks import Together, Vote
@@ -281,7 +280,7 @@ class Attached:
             "environment": {**describe_environment(), "world_size": self._together.world_size},
             "metrics": self._committer.metrics_until(self._step),
         }
-        folder = _copy_folder(self._folder) if self._folder and self._together.is_first else None
+        folder = copy_of(self._folder) if self._folder and self._together.is_first else None
         if self._snapshots.take(self._step, words, folder, wait) is None:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -463,9 +462,9 @@ class Attached:
         places = self._training.places(tree, {name: stored.spec for name, stored in content.tensors.items()})
         tensors = content.read(places, names) if names else {}
         self._random_states = self._training.load(tree, tensors.__getitem__, manifest, content.world_size)
-        if self._folder:
+        if self._folder and ranks.tells:  # one rank of a machine: they share the folder
             listed = [name for name in manifest["objects"] if name.startswith(FILES)]
-            _restore_folder(self._folder, {name: checkpoints.read(checkpoint, manifest, name) for name in listed})
+            replace_files(self._folder, {name: checkpoints.read(checkpoint, manifest, name) for name in listed})
         return checkpoint
 
 
@@ -497,24 +496,3 @@ def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | No
         compression=job.compression,
         mean_seconds_between_preemptions=job.mean_seconds_between_preemptions,
     )
-
-
-def _copy_folder(folder: Path) -> Path:
-    copy = Path(tempfile.mkdtemp(prefix="holdfast-snapshot-"))
-    for name, path in plain_files(folder):
-        target = copy / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    return copy
-
-
-def _restore_folder(folder: Path, files: dict[str, bytes]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, body in files.items():
-        relative = PurePosixPath(name.removeprefix(FILES))
-        if relative.is_absolute() or ".." in relative.parts:
-            raise DamagedCheckpointError(f"a file outside its folder: {name!r}")
-        path = folder / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)

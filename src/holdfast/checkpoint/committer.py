@@ -79,8 +79,6 @@ class Committer:
         """Seconds (wall) of the recent commits, from their begin to the manifest."""
         self.in_work: InWork | None = None
         self.commit_seconds: float | None = None
-        self.durable_seconds: float | None = None
-        """From the begin of the snapshot to the manifest, at the last commit (wall)."""
         self.commit_bytes = 0
         self.last_error = ""
         self.fenced = False
@@ -243,7 +241,7 @@ class Committer:
                 self._end_work(message["number"])
                 self.committed_step = max(self.committed_step, message["step"])
                 self.finished_number = max(self.finished_number, message["number"])
-                self.commit_seconds, self.durable_seconds = message["commit_seconds"], message["durable_seconds"]
+                self.commit_seconds = message["commit_seconds"]
                 self.commit_bytes, self.last_error = message["bytes"], ""
                 self._metrics = [record for record in self._metrics if record[0] > message["step"]]
                 self._parent = CheckpointId(self._attempt, message["step"])

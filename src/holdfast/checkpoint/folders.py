@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,6 +82,29 @@ def plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
             if path.is_symlink() or not path.is_file():
                 raise ConfigError(f"checkpoint folder: {path} is no plain file; write a copy instead of a link")
             yield path.relative_to(folder).as_posix(), path
+
+
+def copy_of(folder: Path) -> Path:
+    """The same files in a temporary folder, for a commit that takes a while."""
+    copy = Path(tempfile.mkdtemp(prefix="holdfast-snapshot-"))
+    for name, path in plain_files(folder):
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return copy
+
+
+def replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Have the folder hold these, by their names in a checkpoint, and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, body in files.items():
+        relative = PurePosixPath(name.removeprefix(FILES))
+        if relative.is_absolute() or ".." in relative.parts:
+            raise DamagedCheckpointError(f"a file outside its folder: {name!r}")
+        path = folder / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
 
 
 def file_pieces(path: Path) -> Iterator[bytes]:

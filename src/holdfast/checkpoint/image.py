@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,11 +107,3 @@ def read_places(header: bytes | memoryview, size_bytes: int) -> dict[str, Place]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(f"not a safetensors file: {error!r}") from error
     return places
-
-
-def specs_of(places: Mapping[str, Place]) -> dict[str, Spec]:
-    return {name: place.spec for name, place in places.items()}
-
-
-def total_bytes(specs: Iterable[Spec]) -> int:
-    return sum(spec.size_bytes for spec in specs)

@@ -343,7 +343,6 @@ class Persister:
                 "step": checkpoint.step,
                 "bytes": facts["bytes"],
                 "commit_seconds": seconds,
-                "durable_seconds": now - facts["began"],
             }
         )
 

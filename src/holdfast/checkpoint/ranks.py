@@ -38,8 +38,6 @@ class Vote:
     reclaim_at: float = -float("inf")
     """Of the earliest reclaim: minus its POSIX time."""
     step_seconds: float = 0.0
-    copy_seconds: float = 0.0
-    durable_seconds: float = 0.0
 
 
 class Together:

@@ -91,10 +91,6 @@ class Snapshots:
             self._hook = register_optimizer_step_pre_hook(lambda *_: self.hold())
 
     @property
-    def slots(self) -> list[Slot]:
-        return self._slots
-
-    @property
     def in_progress(self) -> bool:
         return self._current is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def _free_port() -> int:
 PORT = _free_port()
 os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{PORT}/api"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Prefect's log worker registers a call for the interpreter's end that raises in a forked child (3.8.8): a data loader's
+# worker would exit with status 1. Programs on machines are processes without Prefect.
+os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

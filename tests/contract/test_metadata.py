@@ -234,7 +234,7 @@ say(before=before, after=after, at=clock.now().isoformat())
 time.sleep(300)
 """,
         Fate(at_step=1),
-        speed=15.0,
+        speed=4.0,
         shutdown_script='echo "shutting down: $HOLDFAST_MACHINE_ID"; sleep 300',
     )
     assert (said["before"], said["after"]) == ("FALSE", "TRUE")

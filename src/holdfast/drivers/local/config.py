@@ -73,7 +73,34 @@ class ScriptedMarket(Strict):
     )
 
 
-Market = Annotated[SeededMarket | ScriptedMarket, Field(discriminator="kind")]
+class Outage(Strict):
+    """No spot capacity from `start_seconds` until `end_seconds`, counted from the beginning of the cloud's clock."""
+
+    start_seconds: Seconds = Field(title="Start (seconds)", description="After the cloud was first opened.")
+    end_seconds: PositiveSeconds = Field(title="End (seconds)", description="From then on there is capacity again.")
+    zones: list[str] = Field([], title="Zones", description="Only these; empty: every zone.")
+
+    @model_validator(mode="after")
+    def _ends_after_its_start(self) -> Outage:
+        if self.end_seconds <= self.start_seconds:
+            raise ValueError(
+                f"an outage ends at {self.end_seconds:g} s, not after its start at {self.start_seconds:g} s; swap them"
+            )
+        return self
+
+
+class TimedMarket(Strict):
+    """Spot capacity by the clock, as a trace tells it: refused during an outage, taken when one begins. Prices stand still."""
+
+    kind: Literal["timed"] = "timed"
+    outages: list[Outage] = Field([], title="Outages", description="Of spot capacity, in any order.")
+    notice: bool = Field(True, title="Notice", description="Are preemptions announced?")
+    notice_seconds: Seconds | None = Field(
+        None, title="Notice (seconds)", description="So long before instead of the cloud's 120 or 30 s."
+    )
+
+
+Market = Annotated[SeededMarket | ScriptedMarket | TimedMarket, Field(discriminator="kind")]
 
 
 class LocalCloudConfig(Strict):

@@ -246,7 +246,8 @@ class LocalDriver:
                 if answer and answer["token"] == request.token:
                     return Fate.model_validate(answer["fate"])
             number = len(answers)
-            fate = fate_of(self._config.market, request.pool, number)
+            elapsed_seconds = (self.clock.now() - self._began_at).total_seconds()
+            fate = fate_of(self._config.market, request.pool, number, elapsed_seconds)
             path = self._launches_folder / f"{model}-{number:06d}.json"
             if machine_files.write_json(path, {"token": request.token, "fate": fate.model_dump()}):
                 return fate
@@ -320,6 +321,7 @@ class LocalDriver:
                 staged = path.with_suffix(".staged")
                 staged.write_text(json.dumps(fresh))
                 staged.replace(path)
+        self._began_at = datetime.fromisoformat(fresh["origin"])
         return _clock(fresh)
 
 

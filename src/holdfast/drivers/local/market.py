@@ -6,16 +6,18 @@ import hashlib
 import random
 from datetime import UTC, datetime, timedelta
 
-from holdfast.drivers.local.catalogue import InstanceType, Zone, typical_usd_per_hour
-from holdfast.drivers.local.config import Fate, ScriptedMarket, SeededMarket
+from holdfast.drivers.local.catalogue import NOTICE_SECONDS, InstanceType, Zone, find_zone, typical_usd_per_hour
+from holdfast.drivers.local.config import Fate, Market, ScriptedMarket, SeededMarket, TimedMarket
 from holdfast.drivers.protocol import CapacityPool, PricePoint
 
 PRICE_PERIOD = timedelta(minutes=10)
 EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-def fate_of(market: SeededMarket | ScriptedMarket, pool: CapacityPool, number: int) -> Fate:
-    """What becomes of launch `number` (from 0) of this provisioning model."""
+def fate_of(market: Market, pool: CapacityPool, number: int, elapsed_seconds: float = 0.0) -> Fate:
+    """What becomes of launch `number` (from 0) of this provisioning model, `elapsed_seconds` after the cloud's clock began."""
+    if isinstance(market, TimedMarket):
+        return _fate_by_the_clock(market, pool, elapsed_seconds)
     if isinstance(market, ScriptedMarket):
         fates = market.spot if pool.provisioning_model == "spot" else market.on_demand
         return fates[number] if number < len(fates) else Fate()
@@ -28,8 +30,30 @@ def fate_of(market: SeededMarket | ScriptedMarket, pool: CapacityPool, number: i
     return Fate(after_seconds=life_seconds, notice=draw.random() < market.notice_probability)
 
 
+def _fate_by_the_clock(market: TimedMarket, pool: CapacityPool, elapsed_seconds: float) -> Fate:
+    if pool.provisioning_model == "on-demand":
+        return Fate()
+    coming = [
+        outage
+        for outage in market.outages
+        if outage.end_seconds > elapsed_seconds and (not outage.zones or pool.zone in outage.zones)
+    ]
+    if not coming:
+        return Fate()
+    left = min(outage.start_seconds for outage in coming) - elapsed_seconds
+    if left <= 0:
+        return Fate(refuse=True)
+    zone = find_zone(pool.zone)
+    usual = NOTICE_SECONDS[zone.dialect] if zone else 0.0
+    # The machine goes when the outage begins, so its notice comes that much earlier, at the launch if need be.
+    notice_seconds = min(left, usual if market.notice_seconds is None else market.notice_seconds)
+    return Fate(
+        after_seconds=left - notice_seconds * market.notice, notice=market.notice, notice_seconds=notice_seconds
+    )
+
+
 def price_history(
-    market: SeededMarket | ScriptedMarket,
+    market: Market,
     pool: CapacityPool,
     zone: Zone,
     kind: InstanceType,
@@ -38,7 +62,7 @@ def price_history(
 ) -> list[PricePoint]:
     """Prices that held from `start` to `end`: within 15 % of the typical one, never above on-demand."""
     typical = typical_usd_per_hour(pool, zone, kind)
-    if isinstance(market, ScriptedMarket) or pool.provisioning_model == "on-demand":
+    if not isinstance(market, SeededMarket) or pool.provisioning_model == "on-demand":
         return [PricePoint(at=start, usd_per_hour=typical)]
     points = []
     period = (start - EPOCH) // PRICE_PERIOD

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from holdfast.errors import ConfigError
 
@@ -212,9 +213,39 @@ class Job(Strict):
         return self
 
 
+Deadline = Annotated[
+    AwareDatetime | None,
+    Field(
+        title="Deadline",
+        description="Finish before this instant, at the least expected cost; with a time zone: 2026-12-01T08:00Z. "
+        "Empty: no hurry.",
+    ),
+]
+DeadlineHours = Annotated[
+    PositiveSeconds | None,
+    Field(title="Deadline (hours)", description="The same, so many hours after the run's start. Empty: no hurry."),
+]
+WorkHours = Annotated[
+    PositiveSeconds | None,
+    Field(
+        title="Hours of work",
+        description="Useful machine hours that the whole job takes. Empty: as calibrated, or as measured while it trains.",
+    ),
+]
+
+
 class TrainingJob(Job):
     """A program to be trained to its end, however often its machine is taken away."""
 
+    deadline: Deadline = None
+    deadline_hours: DeadlineHours = None
+    work_hours: WorkHours = None
+    policy: str = Field(
+        "",
+        title="Policy",
+        description="Who decides between spot, on-demand and waiting. Empty: the best one for a deadline where the job has "
+        "one, else spot until three attempts in a row failed.",
+    )
     checkpointing: Checkpointing = Field(Checkpointing(), title="Checkpoints")
     fallback: Fallback = Field(Fallback(), title="Fallback to on-demand")
     provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = Field(
@@ -222,6 +253,12 @@ class TrainingJob(Job):
     )
     max_attempts: int = Field(50, ge=1, title="Attempts at most", description="Machines asked for, refusals included.")
     processes_per_machine: ProcessesPerMachine = 1
+    max_usd: PositiveSeconds | None = Field(
+        None,
+        title="Dollars at most",
+        description="The run may cost so much in all: shortly before, it commits, stops, and says so. Empty: max_run_hours "
+        "at the on-demand price.",
+    )
     max_program_failures: ProgramFailures = 0
     max_run_hours: RunHours = 24.0
     lease_seconds: LeaseSeconds = 900.0
@@ -235,6 +272,43 @@ class TrainingJob(Job):
                 "command; name one of them, or let the command start its own processes"
             )
         return self
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _with_a_time_zone(cls, deadline: Any) -> Any:
+        if isinstance(deadline, str):
+            try:
+                deadline = datetime.fromisoformat(deadline.strip())
+            except ValueError:
+                raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z") from None
+        if isinstance(deadline, date) and (not isinstance(deadline, datetime) or deadline.tzinfo is None):
+            raise ValueError(f"{deadline.isoformat()} has no time zone; write it like 2026-12-01T08:00Z")
+        if deadline is not None and not isinstance(deadline, datetime):
+            raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z")
+        return deadline
+
+    @model_validator(mode="after")
+    def _one_deadline(self) -> TrainingJob:
+        if self.deadline and self.deadline_hours:
+            raise ValueError(
+                f"deadline {self.deadline.isoformat()} and deadline_hours {self.deadline_hours:g} contradict each other; "
+                "give one of them"
+            )
+        if self.has_deadline and self.provisioning == "spot":
+            raise ValueError(
+                "provisioning 'spot' contradicts a deadline: only on-demand is sure to be had; drop one of the two"
+            )
+        return self
+
+    @property
+    def has_deadline(self) -> bool:
+        return self.deadline is not None or self.deadline_hours is not None
+
+    def deadline_at(self, started_at: datetime) -> datetime | None:
+        """On the cloud's clock; None: no hurry."""
+        if self.deadline_hours is not None:
+            return started_at + timedelta(hours=self.deadline_hours)
+        return self.deadline
 
     @model_validator(mode="after")
     def _no_way_back_to_spot_without_it(self) -> TrainingJob:

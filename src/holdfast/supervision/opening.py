@@ -7,13 +7,14 @@ from typing import Any
 
 from holdfast.checkpoint.importing import IMPORTED
 from holdfast.drivers.protocol import Driver
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, OverBudgetError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import Launch
 from holdfast.runtime.contract import checkpoint_prefix
 from holdfast.storage import ObjectStore
 from holdfast.supervision.preflight import check_job, check_store
+from holdfast.supervision.spending import worst_case_usd
 from holdfast.supervision.training_run import IDENTITY, TrainingRun, fingerprint
 
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
@@ -67,9 +68,12 @@ def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
     decision = run.decide()
     if not isinstance(decision, Launch):  # nothing was tried yet, so there is nothing to wait for
         raise ConfigError(f"resources: {decision.reason}")
+    try:
+        worst = worst_case_usd(run.job, run.state, decision.offer)
+    except OverBudgetError as error:
+        raise ConfigError(f"max_usd: {error}") from error
     if budget is None:
         return
-    worst = decision.offer.on_demand_usd_per_hour * run.job.max_run_hours
     left = budget.max_usd - BudgetLedger(run.store, budget).standing().committed_usd
     if worst > left + 1e-9:
         raise ConfigError(

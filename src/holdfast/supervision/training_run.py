@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer, PricePoint
@@ -21,11 +22,10 @@ from holdfast.errors import (
     CapacityError,
     ConfigError,
     HoldfastError,
-    OverBudgetError,
     QuotaError,
     TransientError,
 )
-from holdfast.ledger.billing import TERMS, bill, round_usd
+from holdfast.ledger.billing import TERMS, bill
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
@@ -37,6 +37,7 @@ from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
 from holdfast.supervision.preflight import fitting_offers
 from holdfast.supervision.run import RUN_TAG, Run
+from holdfast.supervision.spending import Spending, worst_case_usd
 from holdfast.supervision.updates import Update
 from holdfast.supervision.watch import Ending, watch_attempt
 
@@ -67,6 +68,7 @@ class TrainingRun(Run[RunState]):
         self._ledgers = {self._budget.name: self._budget} if self._budget else {}
         """By name of the budget."""
         self._bundle: Bundle | None = None
+        self._spending = Spending(job.max_usd, self._prices)
         self._asked_for = 0
         """The attempt that this process asked the cloud for a machine for."""
 
@@ -154,12 +156,7 @@ class TrainingRun(Run[RunState]):
         state = self.state
         if state.open_attempt:
             return state.open_attempt
-        hours_left = self.job.max_run_hours - state.billed_seconds / 3600
-        if hours_left <= 0:
-            raise OverBudgetError(
-                f"the run has used its max_run_hours of {self.job.max_run_hours:g}; raise it to go on"
-            )
-        usd = round_usd(launch.offer.on_demand_usd_per_hour * hours_left)
+        usd = worst_case_usd(self.job, state, launch.offer)
         number = len(state.attempts) + 1
         if self._budget:
             self._budget.reserve(self._token(number), usd, self.driver.clock.now())
@@ -241,6 +238,18 @@ class TrainingRun(Run[RunState]):
         if not attempt.asked_to_end:
             self._append("asked-to-end", attempt=attempt.number, outcome=outcome, why=why)
         self.keepalive.ask_to_stop(outcome, grace_seconds)
+
+    def why_too_dear(self, attempt: Attempt, now: datetime) -> str | None:
+        return self._spending.why_too_dear(attempt, self.state.usd_total, now)
+
+    def why_stop(
+        self, attempt: Attempt, report: Mapping[str, Any], now: datetime
+    ) -> tuple[contract.Outcome, str] | None:
+        """Asked at every look at a living machine: the outcome and the words with which it is to end now, or None."""
+        return None
+
+    def told_plans(self) -> Iterator[Update]:
+        yield from ()
 
     def usd_so_far(self, attempt: Attempt) -> float:
         """What the run has cost by now, the living machine included."""

@@ -222,6 +222,14 @@ class _Watch:
             return
         if state.billed_seconds + running >= job.max_run_hours * 3600 - STOP_GRACE_SECONDS:
             yield self._ask("over-budget", f"the run's max_run_hours of {job.max_run_hours:g} are used up")
+            return
+        if why := self.run.why_too_dear(self.attempt, now):
+            yield self._ask("over-budget", why)
+            return
+        if asked := self.run.why_stop(self.attempt, self.report, now):
+            yield self._ask(*asked)
+            return
+        yield from self.run.told_plans()
         back = job.fallback.return_to_spot_after_seconds
         on_demand = self.attempt.pool.provisioning_model == "on-demand"
         if back and on_demand and job.provisioning != "on-demand" and running >= back and self.report.get("commits"):
@@ -269,7 +277,7 @@ class _Watch:
         last = None if resumed is None else max([*steps[-1:], report.get("step") or 0, resumed, committed or 0])
         kept = (
             "marks", "totals", "longest", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures",
-            "late_commits",
+            "late_commits", "total_steps",
         )  # fmt: skip
         return Ending(
             outcome=outcome,

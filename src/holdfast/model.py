@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from holdfast.errors import ConfigError
 
@@ -394,6 +403,132 @@ class GangJob(Job):
         return self
 
 
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class BatchJob(Job):
+    """A function that many machines apply to the records of a data set, each record once."""
+
+    # What the machines run is ours; the user's own is the function.
+    script: ClassVar[str] = ""
+    module: ClassVar[str] = "holdfast.batch.several"
+    command: ClassVar[list[str]] = []
+    args: ClassVar[list[str]] = []
+    kind: ClassVar[Literal["instant"]] = "instant"
+
+    inputs: list[str] = Field(
+        min_length=1,
+        title="Inputs",
+        description="Files, folders and globs of them, here or as s3:// and gs://: JSONL, Parquet or text.",
+    )
+    input_format: Literal["auto", "jsonl", "parquet", "text"] = Field(
+        "auto", title="Format of the inputs", description="auto: by the names of the files."
+    )
+    function: str = Field(
+        title="Function",
+        description="MODULE:NAME below the code folder; turns a list of records into a list of as many results.",
+    )
+    setup: str = Field(
+        "",
+        title="Setup",
+        description="MODULE:NAME, called once in each worker; what it returns is the function's second argument.",
+    )
+    results: str = Field(
+        "",
+        title="Results",
+        description="A prefix in the store, or a URL below it. Empty: results/ and the name of the run.",
+    )
+    results_format: Literal["jsonl", "parquet"] = Field(
+        "jsonl", title="Format of the results", description="Of the parts of the data set that is made."
+    )
+    batch_size: int = Field(
+        100, ge=1, le=1_000_000, title="Batch size", description="Records that the function is given at once."
+    )
+    machines: int = Field(ge=1, le=1000, title="Machines", description="At most, at the same time.")
+    workers_per_machine: int = Field(
+        0, ge=0, le=256, title="Workers per machine", description="0: one for each GPU, and one where there is none."
+    )
+    spot_share: SpotShare = 1.0
+    queue: str = Field(
+        "",
+        title="Queue",
+        description="sqlite:///PATH, redis://, amqp://, sqs://, pubsub:// ... Empty: one that needs no server, a file on the "
+        "local cloud and the store itself on others.",
+    )
+    visibility_seconds: PositiveSeconds = Field(
+        600.0,
+        title="Visibility (seconds)",
+        description="A batch whose worker was not heard of for so long is given to another; a live worker extends it.",
+    )
+    batch_time_limit_seconds: PositiveSeconds | None = Field(
+        None,
+        title="Time limit of a batch (seconds)",
+        description="A function that takes longer is stopped, and what makes it hang is looked for. Empty: none.",
+    )
+    max_deliveries: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        title="Deliveries at most",
+        description="Workers that may die over one batch before it is given up.",
+    )
+    max_failed_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        title="Failed share at most",
+        description="Of the records: when more have failed, the run ends. 1: failed records are only written down.",
+    )
+    idle_seconds: PositiveSeconds = Field(
+        20.0, title="Idle (seconds)", description="A machine that got no batch for so long ends itself."
+    )
+    max_usd: PositiveSeconds | None = Field(
+        None,
+        title="Dollars at most",
+        description="The run may cost so much in all: shortly before, its machines are stopped. Empty: max_run_hours at the "
+        "on-demand price.",
+    )
+    max_replacements: int = Field(
+        1000,
+        ge=0,
+        title="Replacements at most",
+        description="Machines launched in place of others; a refusal counts as one.",
+    )
+    max_program_failures: Annotated[
+        int,
+        Field(
+            ge=0, title="Failures of workers", description="Machines on which workers may fail before the run is ended."
+        ),
+    ] = 3
+    max_run_hours: RunHours = 24.0
+    lease_seconds: LeaseSeconds = 900.0
+    notice_poll_seconds: NoticePollSeconds = 5.0
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_or_many(cls, inputs: Any) -> Any:
+        return [inputs] if isinstance(inputs, str) else inputs
+
+    @field_validator("function", "setup")
+    @classmethod
+    def _module_and_name(cls, function: str, info: ValidationInfo) -> str:
+        if function and (not FUNCTION.fullmatch(function) or ".py:" in function):
+            raise ValueError("write MODULE:NAME, such as embed:embed for the function embed in embed.py")
+        if not function and info.field_name == "function":
+            raise ValueError("name the function that turns records into results, as MODULE:NAME")
+        return function
+
+    @model_validator(mode="after")
+    def _the_limit_can_be_reached(self) -> BatchJob:
+        limit = self.batch_time_limit_seconds
+        if limit and limit > self.max_run_hours * 3600:
+            raise ValueError(
+                f"batch_time_limit_seconds is {limit:g}, more than all of max_run_hours, {self.max_run_hours:g}; lower the one, "
+                "or raise the other"
+            )
+        return self
+
+
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
@@ -412,7 +547,16 @@ def load_gang_job(path: Path | str) -> GangJob:
     return _load(path, GangJob)
 
 
-def load_any_job(path: Path | str) -> TrainingJob | FleetJob | GangJob:
+def load_batch_job(path: Path | str) -> BatchJob:
+    """The same for batch inference; its inputs are taken relative to the file too."""
+    job = _load(path, BatchJob)
+    folder = Path(path).parent.resolve()
+    return job.model_copy(
+        update={"inputs": [one if "://" in one else str(folder / Path(one).expanduser()) for one in job.inputs]}
+    )
+
+
+def load_any_job(path: Path | str) -> TrainingJob | FleetJob | GangJob | BatchJob:
     """The job in a file, of whichever kind its keys tell; of one that may be a fleet's or a gang's, the fleet's."""
     return _load(path, _kinds_in(_read(Path(path)))[0])
 
@@ -434,7 +578,11 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
     data = _read(path)
     if kind not in (holds := _kinds_in(data)):
         has = "none of" if TrainingJob in holds else "one of"
-        names = (*ONLY_OF_A_GANG, *OF_A_GANG_BUT_NO_FLEET) if holds == [GangJob] else ONLY_OF_MANY
+        names = ONLY_OF_MANY
+        if BatchJob in (kind, *holds):
+            names, has = ONLY_OF_A_BATCH, "one of" if holds == [BatchJob] else "none of"
+        elif holds == [GangJob]:
+            names = (*ONLY_OF_A_GANG, *OF_A_GANG_BUT_NO_FLEET)
         raise ConfigError(
             f"job file {path}: it has {has} {', '.join(names)}, so it is a {holds[0].__name__}, for "
             f"python -m flows {COMMANDS[holds[0].__name__]}; use that, or write a {kind.__name__}"
@@ -447,13 +595,16 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
 
 
 ONLY_OF_MANY = ("machines", "spot_share", "kind")
+ONLY_OF_A_BATCH = ("inputs", "function", "setup", "results", "batch_size", "queue")
 ONLY_OF_A_GANG = ("min_machines",)
 OF_A_GANG_BUT_NO_FLEET = ("checkpointing", "processes_per_machine")
-COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang"}
+COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang", "BatchJob": "batch"}
 
 
-def _kinds_in(data: dict[str, Any]) -> list[type[TrainingJob] | type[FleetJob] | type[GangJob]]:
+def _kinds_in(data: dict[str, Any]) -> list[type[TrainingJob] | type[FleetJob] | type[GangJob] | type[BatchJob]]:
     """What a file may be; `machines` alone are a fleet's or a gang's."""
+    if any(key in data for key in ONLY_OF_A_BATCH):
+        return [BatchJob]
     if any(key in data for key in ONLY_OF_A_GANG):
         return [GangJob]
     if not any(key in data for key in ONLY_OF_MANY):

@@ -2,42 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
 
+from holdfast.drivers.protocol import Offer
 from holdfast.errors import ConfigError
+from holdfast.placement import policy as default
 from holdfast.placement.situation import Decision, Policy, Situation, must_leave_spot, on_demand_pool, spot_pool
 
-FAILED_ATTEMPTS = 3
-"""Of `spot-then-on-demand`, unless the job says otherwise."""
+EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a policy is made from: the pools as offers, in the order of a situation's, and the job's own limits."""
+
+    offers: Sequence[Offer]
+    provisioning: Literal["spot-then-on-demand", "spot", "on-demand"] = "spot-then-on-demand"
+    failed_spot_attempts_to_fall_back: int = 3
+    max_attempts: int = 50
+    save_seconds: float = 1.0
 
 
 class OnDemand:
+    asks_while_running = False
+
+    def __init__(self, terms: Terms) -> None:
+        pass
+
     def decide(self, situation: Situation) -> Decision:
         return Decision(on_demand_pool(situation), "on-demand is what the policy asks for")
 
 
 class SpotThenOnDemand:
-    """Spot until so many attempts in a row failed, then on-demand to the end; a deadline is kept all the same."""
+    """The default of jobs without a deadline, in `placement.policy`; with one, on-demand at the last safe instant too."""
 
-    def __init__(self, failed_attempts: int = FAILED_ATTEMPTS) -> None:
-        self._failed_attempts = failed_attempts
-        self._fell_back = False
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._index = {offer.pool: index for index, offer in enumerate(terms.offers)}
+        self._in_hurry = False
+        self.asks_while_running = True
 
     def decide(self, situation: Situation) -> Decision:
-        if not self._fell_back and situation.failed_spot_attempts >= self._failed_attempts:
-            self._fell_back = True
-        if self._fell_back:
-            return Decision(on_demand_pool(situation), f"{self._failed_attempts} spot attempts in a row failed")
-        if must_leave_spot(situation):
+        self._in_hurry = self._in_hurry or must_leave_spot(situation)
+        if self._in_hurry:
             return Decision(on_demand_pool(situation), "the slack is used up")
-        pool = spot_pool(situation)
-        return Decision(pool, "spot first" if pool is not None else "no spot pool has capacity")
+        if situation.current is not None:
+            self.asks_while_running = situation.deadline_seconds < math.inf
+            return Decision(situation.current, "while it lasts")
+        offers = self._terms.offers
+        decided = default.decide(
+            default.Situation(
+                now=EPOCH + timedelta(seconds=situation.now_seconds),
+                offers=offers,
+                attempts=[
+                    default.PastAttempt(
+                        pool=offers[one.pool].pool,
+                        outcome=one.outcome,  # type: ignore[arg-type]
+                        ended_at=EPOCH + timedelta(seconds=one.ended_seconds),
+                        made_progress=one.made_progress,
+                    )
+                    for one in situation.attempts
+                ],
+                provisioning=self._terms.provisioning,
+                failed_spot_attempts_to_fall_back=self._terms.failed_spot_attempts_to_fall_back,
+                max_attempts=self._terms.max_attempts,
+                restart_seconds=situation.restart_seconds,
+                save_seconds=self._terms.save_seconds,
+            )
+        )
+        match decided:
+            case default.Launch(offer=offer, reason=reason):
+                return Decision(self._index[offer.pool], reason)
+            case default.Wait(until=until, reason=reason):
+                return Decision(None, reason, (until - EPOCH).total_seconds())
+            case default.GiveUp(reason=reason):
+                return Decision(None, reason, math.inf)
 
 
 class Greedy:
     """Spot whenever there is some, else wait; on-demand from the last instant that is safe, to the end."""
 
-    def __init__(self) -> None:
+    asks_while_running = True
+
+    def __init__(self, terms: Terms) -> None:
         self._committed = False
 
     def decide(self, situation: Situation) -> Decision:
@@ -51,8 +102,13 @@ class Greedy:
 class UniformProgress:
     """Progress in proportion to time; on-demand where it falls behind, with hysteresis of two restarts.
 
-    Source: Wu et al., Can't Be Late, NSDI 2024, 4.
+    Source: Wu et al., Can't Be Late, NSDI 2024, section 4.
     """
+
+    asks_while_running = True
+
+    def __init__(self, terms: Terms) -> None:
+        pass
 
     def decide(self, situation: Situation) -> Decision:
         if must_leave_spot(situation):
@@ -62,10 +118,10 @@ class UniformProgress:
         expected = situation.now_seconds * situation.work_total_seconds / situation.deadline_seconds
         ahead = situation.work_done_seconds - expected
         if current is not None and not situation.pools[current].spot:
-            if pool is not None and ahead >= 2 * situation.restart_seconds:
-                return Decision(pool, "ahead of uniform progress, back to spot")
             if ahead < 2 * situation.restart_seconds:
                 return Decision(current, "on-demand until progress is ahead of uniform")
+            if pool is not None:
+                return Decision(pool, "ahead of uniform progress, back to spot")
             return Decision(None, "ahead of uniform progress, waiting for spot")
         if pool is not None:
             return Decision(pool, "spot is to be had")
@@ -74,9 +130,10 @@ class UniformProgress:
         return Decision(None, "ahead of uniform progress, waiting for spot")
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+DEFAULT = "spot-then-on-demand"
+POLICIES: dict[str, Callable[[Terms], Policy]] = {
     "on-demand": OnDemand,
-    "spot-then-on-demand": SpotThenOnDemand,
+    DEFAULT: SpotThenOnDemand,
     "greedy": Greedy,
     "uniform-progress": UniformProgress,
 }
@@ -84,8 +141,13 @@ BEST = "uniform-progress"
 """For a deadline, unless the job names another."""
 
 
-def policy_named(name: str) -> Policy:
-    """Raises ConfigError for a name that is none."""
+def check_name(name: str) -> None:
+    """Raises ConfigError for a name that is no policy's."""
     if name not in POLICIES:
         raise ConfigError(f"policy: {name!r} is none; use one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]()
+
+
+def policy_named(name: str, terms: Terms) -> Policy:
+    """A new one, for one run. Raises ConfigError for a name that is none."""
+    check_name(name)
+    return POLICIES[name](terms)

@@ -8,7 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+HOPE_SECONDS = 3600.0
+"""While an on-demand machine trains, a spot pool that refused or took one is taken to have nothing for so long: to find out
+costs a restart. Without a machine it costs nothing, and is tried at every tick."""
 
 
 @dataclass(slots=True)
@@ -19,11 +23,20 @@ class PoolView:
     spot: bool
     usd_per_hour: float
     available: bool = True
-    """As last known: a pool that nobody has asked is taken to be available."""
+    """As last known: a pool that nobody has asked is hoped to be."""
     since_seconds: float = 0.0
-    """When it was last seen to change; the start of the observation where it never did."""
-    known: bool = True
-    """Is `available` an observation, or a hope?"""
+    """When it was last seen to change; 0 where it never was."""
+
+
+@dataclass(slots=True)
+class Attempted:
+    """A launch that has ended."""
+
+    pool: int
+    outcome: str
+    """As of an attempt: no-capacity, preempted, moved ..."""
+    ended_seconds: float
+    made_progress: bool = False
 
 
 @dataclass(slots=True)
@@ -49,8 +62,8 @@ class Situation:
     """What is left of the overhead of that launch."""
     tick_seconds: float = 600.0
     """The policy is asked again after so long at the latest."""
-    failed_spot_attempts: int = 0
-    """In a row: refused, or taken before enough new progress."""
+    attempts: Sequence[Attempted] = ()
+    """Oldest first."""
     history: Sequence[object] = field(default=())
     """Traces of these pools from before the run's start."""
 
@@ -60,39 +73,44 @@ class Situation:
 
     @property
     def slack_seconds(self) -> float:
-        """Time that may pass without progress, a change to on-demand now included; below zero the deadline is lost."""
-        return self.deadline_seconds - self.now_seconds - self.work_left_seconds - self.seconds_to_on_demand
-
-    @property
-    def seconds_to_on_demand(self) -> float:
-        """Overhead until an on-demand machine makes progress."""
-        current = self.pools[self.current] if self.current is not None else None
-        return self.pending_seconds if current and not current.spot else self.restart_seconds
+        """Time that may pass without progress, a start on demand included; below zero an interruption may be too much."""
+        return self.deadline_seconds - self.now_seconds - self.work_left_seconds - self.restart_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     pool: int | None
     """Index of the pool to run on, the one in use included; None: wait."""
     reason: str
+    until_seconds: float | None = None
+    """Of waiting: when to ask again; None: at the next tick. inf: the policy has given up."""
 
 
 class Policy(Protocol):
     """Made anew for every run, and asked in the order of time."""
 
+    asks_while_running: bool
+    """Can a running machine's end be its decision? If not, it need be asked between machines only."""
+
     def decide(self, situation: Situation) -> Decision: ...
 
 
+def renew_hopes(pools: Sequence[PoolView], current: int | None, now_seconds: float, tick_seconds: float) -> None:
+    """What was seen full is worth another try some time later. Changes `pools` in place."""
+    on_demand = current is not None and not pools[current].spot
+    wait = max(HOPE_SECONDS, tick_seconds) if on_demand else tick_seconds
+    for pool in pools:
+        if not pool.available and now_seconds - pool.since_seconds >= wait - 1e-6:
+            pool.available = True
+
+
 def on_demand_pool(situation: Situation) -> int:
-    """The cheapest; the one in use when it is one."""
+    """The one in use when it is one, else the cheapest; one that refused just now only when all did."""
     current = situation.current
     if current is not None and not situation.pools[current].spot:
         return current
-    best, best_usd = -1, math.inf
-    for index, pool in enumerate(situation.pools):
-        if not pool.spot and pool.usd_per_hour < best_usd:
-            best, best_usd = index, pool.usd_per_hour
-    return best
+    pools = situation.pools
+    on_demand = [index for index, pool in enumerate(pools) if not pool.spot]
+    return min(on_demand, key=lambda index: (not pools[index].available, pools[index].usd_per_hour))
 
 
 def spot_pool(situation: Situation) -> int | None:
@@ -113,5 +131,7 @@ def must_leave_spot(situation: Situation) -> bool:
     A machine that is taken at the end of the tick has cost the tick, and its replacement pays the restart; the same holds
     for a tick of waiting, and for a tick after leaving on-demand, of which the overhead then is to be paid again.
     """
-    left = situation.deadline_seconds - situation.now_seconds - situation.work_left_seconds
+    left = (
+        situation.deadline_seconds - situation.now_seconds - situation.work_total_seconds + situation.work_done_seconds
+    )
     return left - situation.restart_seconds < situation.tick_seconds

@@ -5,10 +5,10 @@ from __future__ import annotations
 from holdfast.drivers.protocol import Driver
 from holdfast.errors import ConfigError
 from holdfast.ledger.budget import Budget, BudgetLedger
-from holdfast.model import FleetJob, GangJob
+from holdfast.model import FleetJob, GangJob, Job
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.storage import ObjectStore
-from holdfast.supervision.fleet_run import IDENTITY, FleetRun, fleet_fingerprint
+from holdfast.supervision.fleet_run import FleetRun
 from holdfast.supervision.gang_run import GangRun
 from holdfast.supervision.opening import RUN_ID, refuse_what_others_left
 from holdfast.supervision.preflight import check_job, check_store
@@ -21,22 +21,33 @@ def open_fleet_run(
 
     Raises ConfigError with every problem in one message; entering raises RunTakenError when another process has it.
     """
-    run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
-    if not RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
+    run_id = checked_run_id(run_id, job, driver)
     check_store(store)
     check_job(job, driver)
     kind = GangRun if isinstance(job, GangJob) else FleetRun
     run = kind(job, driver, store, budget, run_id)
+    refuse_what_can_not_go_on(run, budget)
+    return run
+
+
+def checked_run_id(run_id: str, job: Job, driver: Driver) -> str:
+    """The name of the run, a new one where it is empty. Raises ConfigError."""
+    run_id = run_id or f"{job.name}-{driver.clock.now():%Y%m%d-%H%M%S}"
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
+    return run_id
+
+
+def refuse_what_can_not_go_on(run: FleetRun, budget: Budget | None) -> None:
+    """Raises ConfigError when the run can't begin, or is another job's, or needs an account that is not there."""
     state = run.read()
     if state.state == "new":
-        if isinstance(job, GangJob):
-            refuse_what_others_left(store, run_id)
+        if isinstance(run, GangRun):
+            refuse_what_others_left(run.store, run.run_id)
         _refuse_what_can_not_begin(run, budget)
-    elif state.fingerprint != fleet_fingerprint(job):
+    elif state.fingerprint != run.fingerprint:
         raise ConfigError(_difference(run))
-    refuse_missing_accounts(run_id, driver, run.clouds())
-    return run
+    refuse_missing_accounts(run.run_id, run.driver, run.clouds())
 
 
 def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
@@ -46,7 +57,7 @@ def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
     if budget is None:
         return
     dearest = max(offer.on_demand_usd_per_hour for offer in decision.offers)
-    worst = dearest * job.max_run_hours
+    worst = run.within_cap(dearest * job.max_run_hours)
     standing = BudgetLedger(run.store, budget).standing()
     left = budget.max_usd - standing.committed_usd
     if worst > left + 1e-9:
@@ -73,7 +84,7 @@ def refuse_missing_accounts(run_id: str, driver: Driver, used: list[str]) -> Non
 
 def _difference(run: FleetRun) -> str:
     before, now = run.state.job, run.job.model_dump(mode="json")
-    for name in IDENTITY:
+    for name in run.identity:
         if before.get(name) != now.get(name):
             return (
                 f"run_id {run.run_id!r} belongs to another job: its {name} is {before.get(name)!r}, this one's is "

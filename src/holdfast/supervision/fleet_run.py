@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from holdfast.drivers.protocol import Driver, FleetRequest, Machine, Offer, PricePoint
 from holdfast.drivers.several import SomeOffers
@@ -28,7 +28,7 @@ from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.fleet_state import TAKEN, UNFINISHED, FleetState, Member, Round, read_fleet_state
 from holdfast.ledger.fleet_summary import fleet_headline, fleet_to_markdown, summarise_fleet
 from holdfast.ledger.journal import Entry
-from holdfast.model import FleetJob, GangJob
+from holdfast.model import BatchJob, FleetJob, GangJob
 from holdfast.placement.fleet_policy import FleetSituation, LaunchRound, PastRound, decide_round
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.runtime import contract
@@ -44,15 +44,16 @@ log = logging.getLogger(__name__)
 
 FLEET_TAG = "holdfast-fleet"
 FIRST_GUESS_RESTART_SECONDS = 120.0
-IDENTITY = ("name", "script", "module", "command", "args", "env", "kind")
-"""What makes two fleets the same: the rest (machines, share, resources, caps) may change between an end and a resume."""
 
 
 class FleetRun(Run[FleetState]):
     """Made by `open_fleet_run` (fleet_opening.py); a context manager that gives the run back, whatever happens."""
 
+    identity: ClassVar[tuple[str, ...]] = ("name", "script", "module", "command", "args", "env", "kind")
+    """What makes two jobs the same: the rest (machines, share, resources, caps) may change between an end and a resume."""
+
     def __init__(
-        self, job: FleetJob | GangJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str
+        self, job: FleetJob | GangJob | BatchJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str
     ) -> None:
         self.job = job
         self._bundle: Bundle | None = None
@@ -66,7 +67,8 @@ class FleetRun(Run[FleetState]):
 
     @property
     def fingerprint(self) -> str:
-        return fleet_fingerprint(self.job)
+        identity = self.job.model_dump(mode="json", include=set(self.identity))
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -165,7 +167,7 @@ class FleetRun(Run[FleetState]):
         return FleetSituation(
             now=self.driver.clock.now(),
             offers=offers,
-            rounds=[past_round(one) for one in self._rounds() if one.answered_at],
+            rounds=[self._past_round(one) for one in self._rounds() if one.answered_at],
             machines=self.job.machines,
             spot_share=self.job.spot_share,
             filled=Counter(member.model for member in self.filled),
@@ -174,6 +176,9 @@ class FleetRun(Run[FleetState]):
             restart_seconds=FIRST_GUESS_RESTART_SECONDS,
             save_seconds=0.0,
         )
+
+    def _past_round(self, asked: Round) -> PastRound:
+        return past_round(asked)
 
     @property
     def filled(self) -> list[Member]:
@@ -207,7 +212,7 @@ class FleetRun(Run[FleetState]):
             )
         asked_before = [priced for one in self._rounds() for priced in one.pools]
         dearest = max(one.on_demand_usd_per_hour for one in [*asked_before, *launch.offers])
-        usd = round_usd(add_usd([state.usd_of_opening(state.opening)]) + dearest * hours_left)
+        usd = self.within_cap(round_usd(add_usd([state.usd_of_opening(state.opening)]) + dearest * hours_left))
         if usd > state.reserved.get(state.opening, ("", -1.0))[1]:
             if self._budget:
                 now = self.driver.clock.now()
@@ -233,6 +238,10 @@ class FleetRun(Run[FleetState]):
             reason=launch.reason,
         )
         return self.state.rounds[-1]
+
+    def within_cap(self, usd: float) -> float:
+        """The worst case of this opening, where the job has a cap on dollars too."""
+        return usd
 
     def launch(self) -> Round:
         """Ask for the open round's machines; a repeated call brings the same ones, also after a crash.
@@ -491,11 +500,6 @@ class FleetRun(Run[FleetState]):
             max_run_seconds=self.job.max_run_hours * 3600,
             disk_gib=self.job.resources.disk_gib,
         )
-
-
-def fleet_fingerprint(job: FleetJob | GangJob) -> str:
-    identity = job.model_dump(mode="json", include=set(IDENTITY))
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def past_round(asked: Round) -> PastRound:

@@ -228,13 +228,18 @@ class FleetWatch:
                     run.driver.terminate(member.machine, member.pool)
             return
         self._end_the_silent(living, now)
-        hours = run.job.max_run_hours
-        reserve = min(len(living) * STOP_GRACE_SECONDS, 0.1 * hours * 3600)
-        if living and run.seconds_used >= hours * 3600 - reserve:
-            why = f"the run's max_run_hours of {hours:g} are used up"
+        if living and (why := self._why_to_stop(living)):
             self.asked_at = now
             run.ask_to_stop("over-budget", why, STOP_GRACE_SECONDS)
             yield self.run.update("warned", why)
+
+    def _why_to_stop(self, living: list[Member]) -> str | None:
+        """Words when a cap of the run's would be passed if its machines were not asked to end now."""
+        hours = self.run.job.max_run_hours
+        reserve = min(len(living) * STOP_GRACE_SECONDS, 0.1 * hours * 3600)
+        if self.run.seconds_used >= hours * 3600 - reserve:
+            return f"the run's max_run_hours of {hours:g} are used up"
+        return None
 
     def _end_the_silent(self, living: list[Member], now: datetime) -> None:
         due = [

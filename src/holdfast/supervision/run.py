@@ -15,6 +15,8 @@ from holdfast.drivers.protocol import Driver, Machine
 from holdfast.errors import AlreadyExistsError, CredentialsError, HoldfastError, RunTakenError, TransientError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry, Journal
+from holdfast.market.history import History
+from holdfast.market.lives import lives_of
 from holdfast.model import Job
 from holdfast.runtime import contract
 from holdfast.storage import ObjectStore
@@ -34,6 +36,8 @@ CREDENTIALS_POLL_WALL_SECONDS = 15.0
 STORE_PATIENCE_WALL_SECONDS = 600.0
 """How long an entry waits for a store that does not answer, before the run is given up."""
 RUN_TAG = "holdfast-run"
+ENDS: frozenset[str] = frozenset({"ended", "members-ended", "round-refused", "closed"})
+"""Entries after which the history of the store's machines has something to learn."""
 
 
 class State(Protocol):
@@ -56,6 +60,7 @@ class Run(ABC, Generic[S]):
         self._journal = Journal(store, contract.journal_prefix(run_id))
         self._owner = Ownership(store, run_id)
         self._unwritten_warnings: list[str] = []
+        self._history, self._in_history = History(store), 0
         self._folded: tuple[int, S] = (0, self._fold([]))
         self.keepalive = Keepalive(store, run_id, driver.clock, lease_seconds, self._owner)
 
@@ -174,7 +179,10 @@ class Run(ABC, Generic[S]):
         now = self.driver.clock.now()  # the same at every try, so that the journal knows its own entry
         while True:
             try:
-                return self._journal.append(kind, now, **fields)
+                entry = self._journal.append(kind, now, **fields)
+                if kind in ENDS:
+                    self._extend_history(from_the_start=kind == "closed")
+                return entry
             except AlreadyExistsError as error:
                 self.keepalive.taken = True
                 raise self._taken_error() from error
@@ -184,6 +192,15 @@ class Run(ABC, Generic[S]):
                 log.warning("entry %r waits for the store run=%s error=%s", kind, self.run_id, error)
                 time.sleep(pause)
                 pause = min(2 * pause, 30.0)
+
+    def _extend_history(self, from_the_start: bool) -> None:
+        """What the store does not take now is written with a later end; estimates miss it until then, and nothing else."""
+        lives = lives_of(self.state)
+        try:
+            self._history.record(lives if from_the_start else lives[self._in_history :])
+            self._in_history = len(lives)
+        except (HoldfastError, OSError) as error:
+            log.warning("history not extended run=%s error=%s", self.run_id, error)
 
     def _taken_error(self) -> RunTakenError:
         return RunTakenError(

@@ -177,7 +177,7 @@ def test_a_study_says_the_same_twice_and_compares_all_policies_on_the_same_marke
     assert told.bound_usd <= min(one.mean("usd") for one in told.distributions)
     assert told.sentence.endswith("never late") and "on-demand $72.2" in told.sentence
     assert "omniscient bound" in told.to_markdown()
-    assert draw(told.distributions, 36.0, told.sentence)[:4] == b"\x89PNG"
+    assert draw(told.distributions, told.bound_usd, 36.0, told.sentence)[:4] == b"\x89PNG"
 
 
 def test_a_record_that_is_shorter_than_a_run_is_refused_and_a_model_of_it_is_not() -> None:

@@ -135,3 +135,17 @@ def must_leave_spot(situation: Situation) -> bool:
         situation.deadline_seconds - situation.now_seconds - situation.work_total_seconds + situation.work_done_seconds
     )
     return left - situation.restart_seconds < situation.tick_seconds
+
+
+LONGEST_TICK_SECONDS, SHORTEST_TICK_SECONDS, TICKS = 600.0, 10.0, 300.0
+RESERVE_FRACTION = 0.02
+
+
+def tick_seconds_for(deadline_seconds: float) -> float:
+    """Between two decisions: a 300th of the time there is, ten minutes at most. What may go wrong in one is kept as slack."""
+    return min(LONGEST_TICK_SECONDS, max(SHORTEST_TICK_SECONDS, deadline_seconds / TICKS))
+
+
+def reserve_seconds_for(work_seconds: float) -> float:
+    """Kept before the deadline for what is slower than estimated: policies never see it."""
+    return RESERVE_FRACTION * work_seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ MARK_COLOUR = "#d1495b"
 ROW_INCHES, REST_INCHES = 0.62, 2.3
 
 
-def draw(distributions: Sequence[Distribution], deadline_hours: float | None, title: str) -> bytes:
+def draw(distributions: Sequence[Distribution], bound_usd: float, deadline_hours: float | None, title: str) -> bytes:
     """A PNG: one row for each policy, best mean first; cost on the left, time to the end on the right.
 
-    Each dot is a run, the bar reaches from the 5 % to the 95 % quantile, the tick is the mean.
+    Each dot is a run, the bar reaches from the 5 % to the 95 % quantile, the stroke is the mean.
     """
     from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ def draw(distributions: Sequence[Distribution], deadline_hours: float | None, ti
         colour = COLOURS[row % len(COLOURS)]
         _draw_row(left, row, one.usd, one.mean("usd"), colour)
         left.annotate(
-            f"{dollars(one.mean('usd'))}", (one.mean("usd"), row - 0.36), fontsize=8, ha="center", color=colour
+            _plain(dollars(one.mean("usd"))), (one.mean("usd"), row - 0.36), fontsize=8, ha="center", color=colour
         )
         _draw_row(right, row, one.hours, sum(one.hours) / len(one.hours), colour)
         if one.late:
@@ -36,7 +37,13 @@ def draw(distributions: Sequence[Distribution], deadline_hours: float | None, ti
     left.set_yticks(range(len(rows)), [one.policy for one in rows], fontsize=9)
     left.set_ylim(len(rows) - 0.4, -0.7)
     left.set_xlabel("dollars")
+    left.axvline(bound_usd, color=MARK_COLOUR, linewidth=1, linestyle=":")
+    left.annotate(" omniscient", (bound_usd, len(rows) - 0.45), fontsize=8, color=MARK_COLOUR)
     left.set_xlim(0, left.get_xlim()[1])
+    latest = max([one.hours[-1] for one in rows] + ([deadline_hours] if deadline_hours is not None else []))
+    earliest = min(one.hours[0] for one in rows)
+    margin = 0.05 * max(latest - earliest, 0.1)
+    right.set_xlim(earliest - margin, latest + margin)
     right.set_xlabel("hours from start to end")
     if deadline_hours is not None:
         right.axvline(deadline_hours, color=MARK_COLOUR, linewidth=1, linestyle="--")
@@ -44,7 +51,7 @@ def draw(distributions: Sequence[Distribution], deadline_hours: float | None, ti
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
         axes.set_axisbelow(True)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(_plain(title), fontsize=10, x=0.01, ha="left")
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
@@ -53,7 +60,12 @@ def draw(distributions: Sequence[Distribution], deadline_hours: float | None, ti
 def _draw_row(axes: Any, row: int, values: Sequence[float], mean: float, colour: str) -> None:
     low, high = quantile(values, 0.05), quantile(values, 0.95)
     axes.barh(row, max(high - low, 1e-9), left=low, height=0.42, color=colour, alpha=0.22)
-    # Spread evenly below the middle of the row, in an order that has nothing to do with the values.
-    heights = [row + 0.19 * (2 * ((7919 * place) % 997) / 997 - 1) for place in range(len(values))]
+    jitter = random.Random(row)
+    heights = [row + jitter.uniform(-0.19, 0.19) for _ in values]
     axes.plot(values, heights, linestyle="", marker=".", markersize=3, color=colour, alpha=0.5)
     axes.plot([mean, mean], [row - 0.27, row + 0.27], color=colour, linewidth=2)
+
+
+def _plain(text: str) -> str:
+    """Two dollar signs would make a formula of what is between them."""
+    return text.replace("$", r"\$")

@@ -144,7 +144,6 @@ class Study:
             f"| *omniscient bound* | {dollars(self.bound_usd)} | | | | | | | | | |",
             "",
             f"- {asked.runs} runs of each, begun at the same instants of the same markets ({asked.markets.name})",
-            f"- {asked.workload.work_seconds / 3600:.2f} h of work; a restart costs {asked.workload.boot_seconds + asked.workload.stop_seconds:.0f} s",
             *(f"- {note}" for note in asked.notes),
         ]
         return "\n".join(lines)

@@ -30,6 +30,9 @@ STYLES = {
     "formed": "bold cyan",
     "dissolved": "yellow",
     "warned": "yellow",
+    "registered": "green",
+    "deregistered": "yellow",
+    "planned": "blue",
 }
 PLAIN_SECONDS = 5.0
 MACHINE_CHARACTERS = 10

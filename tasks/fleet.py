@@ -103,10 +103,13 @@ class FleetWatcher:
 
 
 def fraction_done(update: Update) -> float:
-    """Of a gang's steps, or of a fleet's machines."""
+    """Of a batch job's batches, a gang's steps, a server's replicas, or a fleet's machines."""
+    if batches := update.fields.get("batches"):
+        return update.fields["batches_done"] / batches
     if total := update.fields.get("total_steps"):
         return min(1.0, (update.fields["step"] or 0) / total)
-    return update.fields["counts"]["finished"] / update.fields["wanted"]
+    counts = update.fields["counts"]
+    return min(1.0, counts.get("serving", counts["finished"]) / update.fields["wanted"])
 
 
 def publish_fleet_summary(run: FleetRun, notify: str = "") -> dict[str, Any]:

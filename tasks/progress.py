@@ -34,6 +34,9 @@ EVENTS = {
     "formed": "holdfast.gang.formed",
     "dissolved": "holdfast.gang.dissolved",
     "warned": "holdfast.run.warned",
+    "registered": "holdfast.replica.registered",
+    "deregistered": "holdfast.replica.deregistered",
+    "planned": "holdfast.run.planned",
 }
 PROGRESS_SECONDS = 2.0
 PAUSE_AFTER_ERROR_SECONDS = 120.0

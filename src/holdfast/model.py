@@ -529,6 +529,113 @@ class BatchJob(Job):
         return self
 
 
+class Haproxy(Strict):
+    """An haproxy (2.6 or newer), told of replicas over its runtime API."""
+
+    kind: Literal["haproxy"] = "haproxy"
+    listen: str = Field(
+        "127.0.0.1:8080",
+        title="Listen",
+        description="Host and port of the one that Holdfast starts beside the orchestrator.",
+        pattern=r"^[^\s:]*:[0-9]{1,5}$",
+    )
+    socket: str = Field(
+        "", title="Socket", description="Runtime API of one that you run: a path, or host:port. Empty: one is started."
+    )
+    backend: str = Field("holdfast", title="Backend", pattern=r"^[A-Za-z0-9_.:-]+$", description="That replicas join.")
+
+
+class TargetGroup(Strict):
+    """A target group of an Application or Network Load Balancer of AWS."""
+
+    kind: Literal["target-group"] = "target-group"
+    arn: str = Field(
+        title="ARN",
+        description="Of the target group, of type instance or ip.",
+        pattern=r"^arn:aws[a-z-]*:elasticloadbalancing:[a-z0-9-]+:[0-9]{12}:targetgroup/.+$",
+    )
+
+
+class EndpointGroup(Strict):
+    """Zonal network endpoint groups of one name (type GCE_VM_IP_PORT), behind a backend service of GCP."""
+
+    kind: Literal["endpoint-group"] = "endpoint-group"
+    name: str = Field(title="Name", description="The same in every zone.", pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")
+
+
+LoadBalancer = Annotated[Haproxy | TargetGroup | EndpointGroup, Field(discriminator="kind")]
+
+
+class ServeJob(Job):
+    """A model server, run as replicas behind a load balancer until it is cancelled or its hours are used up."""
+
+    replicas: int = Field(ge=1, le=500, title="Replicas", description="That serve at the same time.")
+    max_machines: int | None = Field(
+        None,
+        ge=1,
+        title="Machines at most",
+        description="Replacements that start while the old ones still serve are counted too. Empty: twice the replicas.",
+    )
+    spot_share: SpotShare = 1.0
+    port: int = Field(
+        8000,
+        ge=1024,
+        le=65535,
+        title="Port",
+        description="On which the server listens: it finds it as HOLDFAST_PORT, and for {port} in its arguments. Machines "
+        "that share one computer, as the local cloud's do, each get a free one.",
+    )
+    health_path: str = Field(
+        "/health", title="Health path", pattern=r"^/\S*$", description="Of the server; healthy: it answers with 2xx."
+    )
+    health_port: int = Field(
+        8001,
+        ge=1024,
+        le=65535,
+        title="Health port",
+        description="Where the machine answers /healthz to the load balancer: 200 while it is to get requests, else 503.",
+    )
+    load_balancer: LoadBalancer = Field(Haproxy(), title="Load balancer")
+    drain_seconds: PositiveSeconds = Field(
+        60.0,
+        title="Drain (seconds)",
+        description="Requests in flight get so long to finish, and never beyond the notice.",
+    )
+    startup_seconds: PositiveSeconds = Field(
+        1800.0, title="Start (seconds)", description="A replica that is not healthy so long after its start has failed."
+    )
+    max_program_failures: ProgramFailures = 2
+    max_run_hours: RunHours
+    lease_seconds: LeaseSeconds = 900.0
+    notice_poll_seconds: NoticePollSeconds = 5.0
+
+    kind: ClassVar[Literal["instant"]] = "instant"
+    """What is taken is replaced by the run, not by the cloud."""
+    max_replacements: ClassVar[int] = 10**9
+    """Without end: hours and budget are the cap."""
+
+    @property
+    def machines(self) -> int:
+        return self.replicas
+
+    @property
+    def most_machines(self) -> int:
+        return self.max_machines or 2 * self.replicas
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> ServeJob:
+        if self.most_machines < self.replicas:
+            raise ValueError(
+                f"max_machines is {self.max_machines}, fewer than the {self.replicas} replicas; raise the one, or lower the "
+                "other"
+            )
+        if self.port == self.health_port:
+            raise ValueError(
+                f"port and health_port are both {self.port}: the server has the one, its watcher the other; change one"
+            )
+        return self
+
+
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
@@ -556,7 +663,12 @@ def load_batch_job(path: Path | str) -> BatchJob:
     )
 
 
-def load_any_job(path: Path | str) -> TrainingJob | FleetJob | GangJob | BatchJob:
+def load_serve_job(path: Path | str) -> ServeJob:
+    """The same for a model server."""
+    return _load(path, ServeJob)
+
+
+def load_any_job(path: Path | str) -> TrainingJob | FleetJob | GangJob | BatchJob | ServeJob:
     """The job in a file, of whichever kind its keys tell; of one that may be a fleet's or a gang's, the fleet's."""
     return _load(path, _kinds_in(_read(Path(path)))[0])
 
@@ -579,7 +691,9 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
     if kind not in (holds := _kinds_in(data)):
         has = "none of" if TrainingJob in holds else "one of"
         names = ONLY_OF_MANY
-        if BatchJob in (kind, *holds):
+        if ServeJob in (kind, *holds):
+            names, has = ONLY_OF_SERVING, "one of" if holds == [ServeJob] else "none of"
+        elif BatchJob in (kind, *holds):
             names, has = ONLY_OF_A_BATCH, "one of" if holds == [BatchJob] else "none of"
         elif holds == [GangJob]:
             names = (*ONLY_OF_A_GANG, *OF_A_GANG_BUT_NO_FLEET)
@@ -597,12 +711,17 @@ def _load(path: Path | str, kind: type[AnyJob]) -> AnyJob:
 ONLY_OF_MANY = ("machines", "spot_share", "kind")
 ONLY_OF_A_BATCH = ("inputs", "function", "setup", "results", "batch_size", "queue")
 ONLY_OF_A_GANG = ("min_machines",)
+ONLY_OF_SERVING = ("replicas", "load_balancer", "health_path", "port")
 OF_A_GANG_BUT_NO_FLEET = ("checkpointing", "processes_per_machine")
-COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang", "BatchJob": "batch"}
+COMMANDS = {"TrainingJob": "train", "FleetJob": "fleet", "GangJob": "gang", "BatchJob": "batch", "ServeJob": "serve"}
 
 
-def _kinds_in(data: dict[str, Any]) -> list[type[TrainingJob] | type[FleetJob] | type[GangJob] | type[BatchJob]]:
+def _kinds_in(
+    data: dict[str, Any],
+) -> list[type[TrainingJob] | type[FleetJob] | type[GangJob] | type[BatchJob] | type[ServeJob]]:
     """What a file may be; `machines` alone are a fleet's or a gang's."""
+    if any(key in data for key in ONLY_OF_SERVING):
+        return [ServeJob]
     if any(key in data for key in ONLY_OF_A_BATCH):
         return [BatchJob]
     if any(key in data for key in ONLY_OF_A_GANG):

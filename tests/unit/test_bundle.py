@@ -137,6 +137,7 @@ def test_the_agent_s_orders_are_the_job_s(tmp_path: Path) -> None:
         "container": "",
         "obstore": "",
         "gang": False,
+        "serving": None,
         "processes_per_machine": 1,
     }
     assert orders(tmp_path, script="", module="pkg.train", args=["x"])["command"] == ["-m", "pkg.train", "x"]

@@ -23,6 +23,7 @@ CHECKPOINT_POLICY = "HOLDFAST_CHECKPOINT"  # JSON of `CheckpointPolicy`
 CHECKPOINT_DIRECTORY = "HOLDFAST_CHECKPOINT_DIRECTORY"  # for programs that checkpoint by writing folders
 RESUME_DIRECTORY = "HOLDFAST_RESUME_DIRECTORY"  # the restored folder, unset when there is none
 RESUME_STEP = "HOLDFAST_RESUME_STEP"
+PORT = "HOLDFAST_PORT"  # on which a model server is to listen
 
 PERSISTING_LOCK = "persisting.lock"
 """Beside the telemetry file: locked by every process that is making a snapshot durable."""

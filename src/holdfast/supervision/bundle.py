@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import holdfast
 from holdfast.errors import AlreadyExistsError, ConfigError
-from holdfast.model import GangJob, Job, TrainingJob
+from holdfast.model import GangJob, Job, ServeJob, TrainingJob
 from holdfast.runtime.fetch import object_url
+from holdfast.serving.opening import SETTLE_SECONDS
 from holdfast.storage import ObjectStore
 
 IGNORE_FILE = ".holdfastignore"
@@ -118,9 +119,15 @@ def _agent_orders(job: Job, vendored: Vendored | None) -> dict[str, object]:
         "requirements": job.environment.requirements,
         "container": job.environment.container,
         "gang": isinstance(job, GangJob),
+        "serving": _serving_orders(job) if isinstance(job, ServeJob) else None,
         "processes_per_machine": job.processes_per_machine if isinstance(job, TrainingJob | GangJob) else 1,
         "obstore": vendored.version if vendored else "",
     }
+
+
+def _serving_orders(job: ServeJob) -> dict[str, object]:
+    orders = job.model_dump(include={"port", "health_path", "health_port", "drain_seconds", "startup_seconds"})
+    return {**orders, "settle_seconds": SETTLE_SECONDS[job.load_balancer.kind]}
 
 
 def check_code(folder: Path) -> None:

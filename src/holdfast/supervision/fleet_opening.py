@@ -66,9 +66,9 @@ def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
             f"${worst:.2f} ({job.max_run_hours:g} machine hours at ${dearest:.3f}/h, the on-demand price); raise max_usd, "
             "or lower the job's max_run_hours"
         )
-    if job.machines > budget.max_machines:
+    if run.most_machines > budget.max_machines:
         raise ConfigError(
-            f"machines: {job.machines} are more than max_machines of budget {budget.name!r}, {budget.max_machines}; "
+            f"machines: {run.most_machines} are more than max_machines of budget {budget.name!r}, {budget.max_machines}; "
             "lower the one, or raise the other"
         )
 

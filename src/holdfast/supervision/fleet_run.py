@@ -28,7 +28,7 @@ from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.fleet_state import TAKEN, UNFINISHED, FleetState, Member, Round, read_fleet_state
 from holdfast.ledger.fleet_summary import fleet_headline, fleet_to_markdown, summarise_fleet
 from holdfast.ledger.journal import Entry
-from holdfast.model import BatchJob, FleetJob, GangJob
+from holdfast.model import BatchJob, FleetJob, GangJob, ServeJob
 from holdfast.placement.fleet_policy import FleetSituation, LaunchRound, PastRound, decide_round
 from holdfast.placement.policy import GiveUp, Wait
 from holdfast.runtime import contract
@@ -53,7 +53,12 @@ class FleetRun(Run[FleetState]):
     """What makes two jobs the same: the rest (machines, share, resources, caps) may change between an end and a resume."""
 
     def __init__(
-        self, job: FleetJob | GangJob | BatchJob, driver: Driver, store: ObjectStore, budget: Budget | None, run_id: str
+        self,
+        job: FleetJob | GangJob | BatchJob | ServeJob,
+        driver: Driver,
+        store: ObjectStore,
+        budget: Budget | None,
+        run_id: str,
     ) -> None:
         self.job = job
         self._bundle: Bundle | None = None
@@ -186,6 +191,11 @@ class FleetRun(Run[FleetState]):
         return [*self.state.living, *self.state.ended("finished")]
 
     @property
+    def most_machines(self) -> int:
+        """That may live at the same time."""
+        return self.job.machines
+
+    @property
     def missing(self) -> int:
         """Places that are empty."""
         state = self.state
@@ -216,7 +226,7 @@ class FleetRun(Run[FleetState]):
         if usd > state.reserved.get(state.opening, ("", -1.0))[1]:
             if self._budget:
                 now = self.driver.clock.now()
-                self._budget.reserve(self._budget_token(state.opening), usd, now, self.job.machines)
+                self._budget.reserve(self._budget_token(state.opening), usd, now, self.most_machines)
             self._append("fleet-reserved", usd_reserved=usd, budget=self._budget.name if self._budget else "")
         if launch.fell_back:
             self._append("fallback", reason=launch.reason)

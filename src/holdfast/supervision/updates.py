@@ -18,6 +18,9 @@ UpdateKind = Literal[
     "ended",
     "formed",
     "dissolved",
+    "registered",
+    "deregistered",
+    "planned",
     "warned",
     "progress",
 ]

@@ -42,6 +42,10 @@ class Offer:
     gpu_name: str = ""
     interruptions_per_hour: float = 0.0
     """Expected, per running hour. A prior until there is history."""
+    capacity_advice: str = ""
+    """What the cloud itself says of this pool's capacity, in words; it is in the rate already."""
+    cooled: str = ""
+    """Why this pool comes after the others just now: too many machines were taken from it, or from its like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,8 @@ class Attempt:
     usd_per_hour: float
     on_demand_usd_per_hour: float
     usd_reserved: float
+    interruptions_per_hour: float = 0.0
+    """Expected when it was reserved."""
     budget: str = ""
     """Name of the budget that the worst case is reserved from."""
     reason: str = ""
@@ -134,6 +136,7 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                         usd_per_hour=fields["usd_per_hour"],
                         on_demand_usd_per_hour=fields["on_demand_usd_per_hour"],
                         usd_reserved=fields["usd_reserved"],
+                        interruptions_per_hour=fields.get("interruptions_per_hour", 0.0),
                         budget=fields.get("budget", ""),
                         reason=fields["reason"],
                     )

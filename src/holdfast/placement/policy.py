@@ -126,6 +126,8 @@ def failed_spot_attempts_in_a_row(attempts: Sequence[PastAttempt]) -> int:
 def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
     """By expected dollars per useful hour; pools that failed lately come last, and the zone that failed just now too.
 
+    Before the price counts whether the monitor has cooled a pool: too many machines were taken from it lately.
+
     From a zone that refused the way leads to the region's other zones first, then to the cloud's other regions, then to
     other clouds: the checkpoints are near, and it costs no egress. After a preemption, and for another provisioning model,
     the price decides.
@@ -141,11 +143,11 @@ def rank(offers: Sequence[Offer], situation: Situation) -> list[Offer]:
     left = last.pool if last else None
     refused_by = last.pool if last and last.outcome in ("no-capacity", "quota") else None
 
-    def order(offer: Offer) -> tuple[bool, bool, int, float, str]:
+    def order(offer: Offer) -> tuple[bool, bool, bool, int, float, str]:
         pool = offer.pool
         usd = usd_per_useful_hour(offer, situation.restart_seconds, situation.save_seconds)
         same_zone = left is not None and (pool.cloud, pool.zone) == (left.cloud, left.zone)
-        return pool in hot_pools, same_zone, _distance(refused_by, pool), usd, str(pool)
+        return pool in hot_pools, same_zone, bool(offer.cooled), _distance(refused_by, pool), usd, str(pool)
 
     return sorted(offers, key=order)
 

@@ -148,7 +148,7 @@ class FleetRun(Run[FleetState]):
         return [f"machine {one.machine} ({one.pool}): {one.detail}" for one in failures]
 
     def _decide(self) -> LaunchRound | Wait | GiveUp | None:
-        offers = self.driver.offers()
+        offers = self._offers()
         missing = offers.missing if isinstance(offers, SomeOffers) else None
         try:
             decision = decide_round(self._situation(self._fitting(offers)))
@@ -174,7 +174,7 @@ class FleetRun(Run[FleetState]):
             offers=offers,
             rounds=[self._past_round(one) for one in self._rounds() if one.answered_at],
             machines=self.job.machines,
-            spot_share=self.job.spot_share,
+            spot_share=self._market.spot_share(self.job.spot_share, offers),
             filled=Counter(member.model for member in self.filled),
             replaced=len(state.unfinished(*UNFINISHED)),
             max_replacements=self.job.max_replacements,

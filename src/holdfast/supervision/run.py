@@ -11,11 +11,12 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from holdfast.drivers.protocol import Driver, Machine
+from holdfast.drivers.protocol import Driver, Machine, Offer
 from holdfast.errors import AlreadyExistsError, CredentialsError, HoldfastError, RunTakenError, TransientError
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry, Journal
 from holdfast.market.history import History
+from holdfast.market.informed import InformedMarket
 from holdfast.market.lives import lives_of
 from holdfast.model import Job
 from holdfast.runtime import contract
@@ -61,6 +62,7 @@ class Run(ABC, Generic[S]):
         self._owner = Ownership(store, run_id)
         self._unwritten_warnings: list[str] = []
         self._history, self._in_history = History(store), 0
+        self._market = InformedMarket(store, driver.clock, self._history)
         self._folded: tuple[int, S] = (0, self._fold([]))
         self.keepalive = Keepalive(store, run_id, driver.clock, lease_seconds, self._owner)
 
@@ -199,6 +201,7 @@ class Run(ABC, Generic[S]):
         try:
             self._history.record(lives if from_the_start else lives[self._in_history :])
             self._in_history = len(lives)
+            self._market.forget()
         except (HoldfastError, OSError) as error:
             log.warning("history not extended run=%s error=%s", self.run_id, error)
 
@@ -217,6 +220,10 @@ class Run(ABC, Generic[S]):
             log.warning("warning not written yet run=%s error=%s", self.run_id, error)
 
     # -- the cloud ----------------------------------------------------------------------------------------------------
+
+    def _offers(self) -> Sequence[Offer]:
+        """What the cloud offers now, with the interruption rates that the store's history tells. Raises TransientError."""
+        return self._market.inform(self.driver.offers())
 
     def _living_machines(self) -> list[Machine]:
         tags = {RUN_TAG: self.run_id}

@@ -117,7 +117,7 @@ class TrainingRun(Run[RunState]):
         return self._with_credentials(self._decide)
 
     def _decide(self) -> Launch | Wait | GiveUp:
-        offers = self.driver.offers()
+        offers = self._offers()
         missing = offers.missing if isinstance(offers, SomeOffers) else None
         try:
             decision = self._decide_on(offers)
@@ -429,8 +429,8 @@ class TrainingRun(Run[RunState]):
 
     def _checkpoint_policy(self, attempt: Attempt) -> CheckpointPolicy:
         unit, number = parse_interval(self.job.checkpointing.every)
-        rates = [offer.interruptions_per_hour for offer in self._fits if offer.pool == attempt.pool]
-        rate = rates[0] if rates else 0.0
+        # As of the reservation: a repeated launch must ask for the same machine, whatever has been learned since.
+        rate = attempt.interruptions_per_hour
         return CheckpointPolicy(
             every_steps=int(number) if unit == "steps" else None,
             every_seconds=number if unit == "seconds" else None,

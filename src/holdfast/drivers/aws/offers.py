@@ -136,12 +136,12 @@ class Market:
                     "gpu_name": kind.gpu_name,
                 }
                 if (zone, name) in spot:
+                    score = scores.get((region, zone_ids.get(zone, ""), kind.gpus > 0))
                     yield Offer(
                         pool=CapacityPool("aws", region, zone, name, "spot"),
                         usd_per_hour=spot[zone, name],
-                        interruptions_per_hour=interruptions_per_hour(
-                            kind, scores.get((region, zone_ids.get(zone, ""), kind.gpus > 0))
-                        ),
+                        interruptions_per_hour=interruptions_per_hour(kind, score),
+                        capacity_advice=f"placement score {score} of 10" if score else "",
                         **common,
                     )
                 yield Offer(pool=CapacityPool("aws", region, zone, name, "on-demand"), usd_per_hour=full, **common)

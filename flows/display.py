@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column
 
 from flows import DISPLAY_VARIABLE
+from holdfast.supervision.plan import hours
 from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
 from tasks.progress import Watcher
@@ -29,10 +30,10 @@ STYLES = {
     "ended": "bold green",
     "formed": "bold cyan",
     "dissolved": "yellow",
-    "warned": "yellow",
     "registered": "green",
     "deregistered": "yellow",
     "planned": "blue",
+    "warned": "yellow",
 }
 PLAIN_SECONDS = 5.0
 MACHINE_CHARACTERS = 10
@@ -117,6 +118,8 @@ def status_line(update: Update) -> str:
     if machine := fields.get("machine"):
         parts.append(_short(machine))
     parts.append(f"{fields.get('phase') or update.kind}")
+    if (slack := (fields.get("plan") or {}).get("slack_seconds")) is not None:
+        parts.append(f"slack {hours(slack)}")
     if fields.get("not_durable_step"):
         parts.append(f"not durable since step {fields.get('committed_step') or 0}")
     parts += [f"${fields.get('usd') or 0:.4f}", f"{fields.get('pool') or ''}"]

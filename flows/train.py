@@ -17,6 +17,7 @@ from holdfast.ledger.summary import headline
 from holdfast.model import TrainingJob
 from holdfast.placement.policy import GiveUp, Launch
 from holdfast.supervision.opening import open_run
+from holdfast.supervision.plan import most_attempts
 from holdfast.supervision.preflight import check_reachable
 from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
@@ -100,7 +101,7 @@ def train_to_the_end(run: TrainingRun, watchers: list[Watcher]) -> None:
     with transaction(commit_mode=CommitMode.EAGER):
         for left in range(run.job.max_program_failures, -1, -1):
             try:
-                one_attempt.with_options(retries=run.job.max_attempts)(run, watchers)
+                one_attempt.with_options(retries=most_attempts(run.job))(run, watchers)
                 return
             except ProgramFailedError:
                 if not left:
@@ -136,9 +137,17 @@ def wait_for_a_pool(run: TrainingRun, watchers: list[Watcher]) -> Launch:
     while not isinstance(decision := choose_pool(run), Launch):
         if isinstance(decision, GiveUp):
             raise OverBudgetError(decision.reason)
+        tell_plans(watchers, run)
         tell(watchers, run, "waiting", f"{decision.reason}; asking again at {decision.until:%H:%M:%S}")
         run.pause(decision.until)
+    tell_plans(watchers, run)
     return decision
+
+
+def tell_plans(watchers: list[Watcher], run: TrainingRun) -> None:
+    for update in run.told_plans():
+        for watcher in watchers:
+            watcher(update)
 
 
 def row_of(attempt: Attempt) -> Any:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 from prefect.states import State, StateType
 
 from holdfast.ledger.run_state import Attempt
+from holdfast.ledger.summary import plan_markdown
 from holdfast.supervision.training_run import TrainingRun
 from holdfast.supervision.updates import Update
 
@@ -33,10 +36,10 @@ EVENTS = {
     "waiting": "holdfast.run.waiting",
     "formed": "holdfast.gang.formed",
     "dissolved": "holdfast.gang.dissolved",
-    "warned": "holdfast.run.warned",
     "registered": "holdfast.replica.registered",
     "deregistered": "holdfast.replica.deregistered",
     "planned": "holdfast.run.planned",
+    "warned": "holdfast.run.warned",
 }
 PROGRESS_SECONDS = 2.0
 PAUSE_AFTER_ERROR_SECONDS = 120.0
@@ -66,6 +69,7 @@ class PrefectWatcher:
         self._log = get_run_logger()
         self._progress: UUID | None = None
         self._next_progress = 0.0
+        self._plan_thread: threading.Thread | None = None
 
     def __call__(self, update: Update) -> None:
         if update.kind == "progress":
@@ -76,6 +80,8 @@ class PrefectWatcher:
                 log.warning("progress not shown error=%r", error)
             return
         self._log.info("attempt %s: %s", update.attempt, update.text)
+        if update.kind == "planned":
+            self._show_plan(update)
         self.emit(EVENTS[update.kind], update.fields.get("machine") or "", {"text": update.text, **update.fields})
 
     def emit(self, event: str, machine: str, payload: dict[str, Any]) -> None:
@@ -94,6 +100,23 @@ class PrefectWatcher:
                 )
         resource = {"prefect.resource.id": f"holdfast.machine.{machine}"} if machine else run
         emit_event(event, resource=resource, related=related, payload=payload)
+
+    def _show_plan(self, update: Update) -> None:
+        """The newest version of one artifact; the earlier ones are its history. A slow server holds up no decision."""
+        if self._plan_thread and self._plan_thread.is_alive():
+            return
+        context = contextvars.copy_context()
+        self._plan_thread = threading.Thread(
+            target=lambda: context.run(self._publish_plan, plan_markdown(update.fields["plan"]), update.text),
+            daemon=True,
+        )
+        self._plan_thread.start()
+
+    def _publish_plan(self, markdown: str, words: str) -> None:
+        try:
+            create_markdown_artifact(markdown, key=f"plan-{self._run_id}", description=words[:500])
+        except Exception as error:
+            log.warning("plan not shown error=%r", error)
 
     def _show_progress(self, update: Update) -> None:
         total, step = update.fields.get("total_steps"), update.fields.get("step")

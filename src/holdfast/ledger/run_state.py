@@ -88,6 +88,10 @@ class RunState:
     attempts: list[Attempt] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[tuple[datetime, str]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    """The last decision of a run that has a deadline, with what it was taken on; empty without one."""
+    plans: int = 0
+    """How often the plan has changed."""
     recoveries: int = 0
     """How often an orchestrator took the run over from one that had died."""
 
@@ -151,6 +155,8 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                 _end_attempt(state.attempts[-1], entry)
             case "fallback":
                 state.fallbacks.append((entry.at, fields["reason"]))
+            case "planned":
+                state.plan, state.plans = {"at": entry.at.isoformat(), **fields}, state.plans + 1
             case "warned":
                 if fields["text"] not in state.warnings:
                     state.warnings.append(fields["text"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from statistics import median
 from typing import Any
 
@@ -57,9 +58,38 @@ def summarise(state: RunState) -> dict[str, Any]:
         "final_metrics": _finite(
             next((a.report["metrics"] for a in reversed(state.attempts) if a.report.get("metrics")), {})
         ),
+        "deadline": _deadline(state),
         "warnings": state.warnings,
         "attempts": attempts,
     }
+
+
+def _deadline(state: RunState) -> dict[str, Any] | None:
+    """Of a run whose policy plans: the last decision, and whether its deadline was kept."""
+    if not state.plan:
+        return None
+    at, ended = state.plan["deadline_at"], state.attempts[-1].terminated_at if state.attempts else None
+    left = None
+    if at and ended and state.state == "finished":
+        left = round((datetime.fromisoformat(at) - ended).total_seconds(), 1)
+    return {**state.plan, "changes": state.plans, "seconds_to_spare": left, "kept": None if left is None else left >= 0}
+
+
+def plan_markdown(plan: dict[str, Any]) -> str:
+    """The plan of a run under way: where it is, what is left, how much slack, and why the last decision was taken."""
+    rows = {
+        "decision": f"run on {plan['pool']}" if plan["pool"] else "wait",
+        "why": plan["reason"],
+        "policy": plan["policy"],
+        "deadline": plan["deadline_at"] or "none",
+        "work": "not known yet"
+        if plan["work_seconds"] is None
+        else f"{plan['work_seconds'] / 3600:.2f} h, {plan['done_seconds'] / max(plan['work_seconds'], 1e-9):.0%} committed "
+        f"({plan['estimate']})",
+        "slack": "–" if plan["slack_seconds"] is None else f"{plan['slack_seconds'] / 3600:.2f} h",
+        "a restart costs": f"{plan['restart_seconds']:.0f} s",
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def recovery_seconds(attempts: list[Attempt]) -> list[float]:
@@ -118,6 +148,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
         *_troubled_saves(summary["attempts"]),
         f"- Goodput: {_percent(summary['goodput'])} of the billed time trained steps that count",
     ]
+    if deadline := summary["deadline"]:
+        rows.append(_deadline_line(deadline))
     if summary["usd_egress_estimate"]:
         rows.append(
             f"- Egress of checkpoints to another region or cloud: about ${summary['usd_egress_estimate']:.4f}, an estimate "
@@ -132,6 +164,18 @@ def to_markdown(summary: dict[str, Any]) -> str:
         rows.append(f"- The orchestrator died {summary['orchestrator_recoveries']} times and went on from the journal")
     rows += [f"- Warning: {text}" for text in summary["warnings"]]
     return "\n".join(rows)
+
+
+def _deadline_line(deadline: dict[str, Any]) -> str:
+    if not deadline["deadline_at"]:
+        said = f"Policy {deadline['policy']}"
+    elif deadline["kept"] is None:
+        said = f"Deadline {deadline['deadline_at']}, policy {deadline['policy']}, not finished"
+    else:
+        left = deadline["seconds_to_spare"]
+        how = f"kept with {left / 60:.1f} min to spare" if left >= 0 else f"MISSED by {-left / 60:.1f} min"
+        said = f"Deadline {deadline['deadline_at']} {how}, policy {deadline['policy']}"
+    return f"- {said}; {deadline['changes']} decisions, the last: {deadline['reason']}"
 
 
 def _attempt_row(attempt: Attempt, store: Place) -> dict[str, Any]:

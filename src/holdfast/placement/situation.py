@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-HOPE_SECONDS = 3600.0
-"""While an on-demand machine trains, a spot pool that refused or took one is taken to have nothing for so long: to find out
+HOPE_TICKS = 6
+"""While an on-demand machine trains, a spot pool that refused or took one is taken to have nothing for so many ticks: to find out
 costs a restart. Without a machine it costs nothing, and is tried at every tick."""
 
 
@@ -97,7 +97,7 @@ class Policy(Protocol):
 def renew_hopes(pools: Sequence[PoolView], current: int | None, now_seconds: float, tick_seconds: float) -> None:
     """What was seen full is worth another try some time later. Changes `pools` in place."""
     on_demand = current is not None and not pools[current].spot
-    wait = max(HOPE_SECONDS, tick_seconds) if on_demand else tick_seconds
+    wait = HOPE_TICKS * tick_seconds if on_demand else tick_seconds
     for pool in pools:
         if not pool.available and now_seconds - pool.since_seconds >= wait - 1e-6:
             pool.available = True

@@ -14,11 +14,12 @@ from holdfast.ledger.profiles import JobProfile, Measurement
 from holdfast.market.history import History, Life
 from holdfast.market.traces import Trace, read_traces
 from holdfast.model import TrainingJob, parse_interval
-from holdfast.placement.policies import BEST, DEFAULT, POLICIES
+from holdfast.placement.policies import DEFAULT, POLICIES
 from holdfast.placement.situation import reserve_seconds_for, tick_seconds_for
 from holdfast.simulation.engine import Workload
 from holdfast.simulation.fitted import FittedMarket
 from holdfast.simulation.study import Drawn, Markets, Question, Recorded
+from holdfast.supervision.plan import policy_of
 
 HISTORY = "history"
 """Instead of a trace's path: the machines that runs on this store have had."""
@@ -28,13 +29,6 @@ PRIOR_OUTAGE_SECONDS = 1800.0
 PRIOR_INTERRUPTIONS_PER_HOUR = 0.05
 """Where neither the market nor the history tells: a machine lasts 20 hours, and is missing for half an hour then."""
 TICK_OF_DRAWN_SECONDS = 60.0
-
-
-def policy_of(job: TrainingJob) -> str:
-    """The policy that the job runs under."""
-    if job.provisioning == "on-demand":
-        return "on-demand"
-    return job.policy or (BEST if job.has_deadline else DEFAULT)
 
 
 def work_seconds_of(job: TrainingJob, profile: JobProfile, instance_type: str) -> float | None:

@@ -37,6 +37,7 @@ def open_run(
     state = run.read()
     if state.state == "new":
         refuse_what_others_left(store, run_id)
+        run.check_plan()
         _refuse_small_budget(run, budget)
     elif state.fingerprint != fingerprint(job):
         raise ConfigError(_difference(state.job, job, run_id))

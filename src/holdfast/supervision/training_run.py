@@ -28,6 +28,7 @@ from holdfast.errors import (
 from holdfast.ledger.billing import TERMS, bill
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry
+from holdfast.ledger.profiles import read_profile
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
 from holdfast.model import TrainingJob, parse_interval
 from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, Wait, decide
@@ -35,6 +36,7 @@ from holdfast.runtime import contract
 from holdfast.runtime.startup import SHUTDOWN_SCRIPT, machine_environment, startup_script
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import Bundle, upload_bundle
+from holdfast.supervision.plan import Plan, Planner, is_planned
 from holdfast.supervision.preflight import fitting_offers
 from holdfast.supervision.run import RUN_TAG, Run
 from holdfast.supervision.spending import Spending, worst_case_usd
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 UNSEEN_WALL_SECONDS = 20.0
 """How long a machine may take to be shown after a launch that was interrupted before it was answered."""
+DETECT_POLLS = 5.0
+"""So many looks may lie between a machine's end and the next one's launch."""
 FIRST_GUESS_RESTART_SECONDS = 120.0
 FIRST_GUESS_SAVE_SECONDS = 1.0
 IDENTITY = ("name", "script", "module", "command", "args", "env")
@@ -69,6 +73,12 @@ class TrainingRun(Run[RunState]):
         """By name of the budget."""
         self._bundle: Bundle | None = None
         self._spending = Spending(job.max_usd, self._prices)
+        self.planner: Planner | None = None
+        """Who decides where a policy of `placement.policies` does; None: `placement.policy` alone."""
+        if is_planned(job):
+            detect_seconds = DETECT_POLLS * driver.poll_seconds * driver.clock.speed
+            self.planner = Planner(job, fits, read_profile(store, job.name), detect_seconds)
+        self._untold_plans: list[Plan] = []
         self._asked_for = 0
         """The attempt that this process asked the cloud for a machine for."""
 
@@ -130,16 +140,16 @@ class TrainingRun(Run[RunState]):
         return decision
 
     def _decide_on(self, offers: Sequence[Offer]) -> Launch | Wait | GiveUp:
-        state = self.state
+        fits, past, now = fitting_offers(self.job.resources, offers), self._past_attempts(), self.driver.clock.now()
+        if self.planner:
+            decision = self.planner.next_machine(self.state, past, fits, now)
+            self._note_plan()
+            return decision
         return decide(
             Situation(
-                now=self.driver.clock.now(),
-                offers=fitting_offers(self.job.resources, offers),
-                attempts=[
-                    past_attempt(one, self.job)
-                    for one in state.attempts
-                    if one.outcome and not _is_forgiven(one, state)
-                ],
+                now=now,
+                offers=fits,
+                attempts=past,
                 provisioning=self.job.provisioning,
                 failed_spot_attempts_to_fall_back=self.job.fallback.after_failed_spot_attempts,
                 max_attempts=self.job.max_attempts,
@@ -147,6 +157,25 @@ class TrainingRun(Run[RunState]):
                 save_seconds=FIRST_GUESS_SAVE_SECONDS,
             )
         )
+
+    def _past_attempts(self) -> list[PastAttempt]:
+        state = self.state
+        return [past_attempt(one, self.job) for one in state.attempts if one.outcome and not _is_forgiven(one, state)]
+
+    def check_plan(self) -> None:
+        """Raises ConfigError when the deadline can't be kept, with the figures."""
+        if self.planner:
+            self.planner.check(self.state, self.driver.clock.now())
+
+    def _note_plan(self) -> None:
+        """In the journal when it has changed: once the run has begun, and another decision or reason was come to."""
+        assert self.planner
+        plan, state = self.planner.last, self.state
+        if plan is None or state.state != "running":
+            return
+        if not state.plan or (plan.pool, plan.reason) != (state.plan["pool"], state.plan["reason"]):
+            self._append("planned", **plan.to_json())
+            self._untold_plans.append(plan)
 
     def reserve(self, launch: Launch) -> Attempt:
         """Set the worst case aside and give the attempt its number, before any machine is asked for.
@@ -246,10 +275,24 @@ class TrainingRun(Run[RunState]):
         self, attempt: Attempt, report: Mapping[str, Any], now: datetime
     ) -> tuple[contract.Outcome, str] | None:
         """Asked at every look at a living machine: the outcome and the words with which it is to end now, or None."""
-        return None
+        planner = self.planner
+        if planner is None or not planner.is_due(now) or (report.get("notice") or {}).get("kind") == "preemption":
+            return None
+        offers = fitting_offers(self.job.resources, self.driver.offers())
+        why = planner.why_move(self.state, self._past_attempts(), offers, attempt, report, now)
+        self._note_plan()
+        return ("moved", why) if why else None
 
     def told_plans(self) -> Iterator[Update]:
-        yield from ()
+        """Every plan that has changed since it was last asked."""
+        while self._untold_plans:
+            plan = self._untold_plans.pop(0)
+            fields = {"usd": self.state.usd_total, **self.plan_fields()}
+            yield Update(kind="planned", at=plan.at, attempt=len(self.state.attempts), text=plan.words, fields=fields)
+
+    def plan_fields(self) -> dict[str, Any]:
+        """Of the last plan, for whoever watches; empty without one."""
+        return {"plan": self.planner.last.to_json()} if self.planner and self.planner.last else {}
 
     def usd_so_far(self, attempt: Attempt) -> float:
         """What the run has cost by now, the living machine included."""

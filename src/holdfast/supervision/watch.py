@@ -367,6 +367,7 @@ class _Watch:
                 "machine": self.attempt.machine,
                 "pool": str(self.attempt.pool),
                 "usd": self.run.usd_so_far(self.attempt),
+                **self.run.plan_fields(),
             },
         )
 

@@ -10,39 +10,96 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 from holdfast.storage.protocol import Data
 
 BLOCK_BYTES = 4096
 SMALLEST_BYTES = 1024 * 1024
 STAGED_BYTES = 16 * 1024 * 1024
+BUFFERS = 2
+WRITE_BYTES = 4 * 1024 * 1024
+"""At once: what a virtual machine's host does for larger ones, in bursts, is taken from the computation beside it."""
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
 
-def write_direct(file: int, chunk: Data) -> None:
-    """Append all of it."""
-    data = memoryview(chunk).cast("B")
-    begin = os.lseek(file, 0, os.SEEK_CUR)
-    if len(data) >= SMALLEST_BYTES and begin % BLOCK_BYTES == 0 and _set_direct(file, True):
+def write_chunks(file: int, chunks: Iterable[Data]) -> int:
+    """Write them one after another from the file's beginning; how many bytes they were.
+
+    A large one is on its way to the disk while the next is being made.
+    """
+    written = 0
+    with _Writer(file) as writer:
+        for chunk in chunks:
+            data = memoryview(chunk).cast("B")
+            whole = len(data) - len(data) % BLOCK_BYTES if written % BLOCK_BYTES == 0 else 0
+            if whole >= SMALLEST_BYTES:
+                writer.write_blocks(data[:whole])
+            else:
+                whole = 0
+            if whole < len(data):
+                writer.settle()
+                _write(file, data[whole:])
+            written += len(data)
+    return written
+
+
+class _Writer:
+    """Writes whole blocks in a thread of its own, by way of two buffers in huge pages: out of shared memory's ordinary
+    ones a device takes half as long again.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._buffers: list[memoryview] = []
+        self._writing: deque[Future[None]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         try:
-            _write_blocks(file, data[: len(data) - len(data) % BLOCK_BYTES])
+            self.settle()
+        finally:
+            if self._pool:
+                self._pool.shutdown()
+
+    def write_blocks(self, blocks: memoryview) -> None:
+        """Returns as soon as they are in a buffer. Raises OSError, also for what was written before."""
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
+        for start in range(0, len(blocks), STAGED_BYTES):
+            if len(self._buffers) < BUFFERS:
+                self._buffers.append(huge_buffer(STAGED_BYTES))
+            else:
+                self._writing.popleft().result()
+                self._buffers.append(self._buffers.pop(0))
+            piece = blocks[start : start + STAGED_BYTES]
+            buffer = self._buffers[-1][: len(piece)]
+            buffer[:] = piece
+            self._writing.append(self._pool.submit(_write, self._file, buffer, direct=True))
+
+    def settle(self) -> None:
+        """Wait until all is written. Raises OSError."""
+        while self._writing:
+            self._writing.popleft().result()
+
+
+def _write(file: int, data: memoryview, direct: bool = False) -> None:
+    """All of it, past the page cache where the file system agrees."""
+    if direct and _set_direct(file, True):
+        try:
+            while data:
+                data = data[os.write(file, data[:WRITE_BYTES]) :]
         except OSError:
-            pass  # refused after all (some network file systems): the rest the usual way, which also tells a full disk
+            pass  # refused after all (some network file systems): the usual way, which also tells a full disk
         finally:
             _set_direct(file, False)
-    rest = data[os.lseek(file, 0, os.SEEK_CUR) - begin :]
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def _write_blocks(file: int, blocks: memoryview) -> None:
-    # By way of huge pages: out of shared memory's ordinary ones a device takes half as long again.
-    buffer = huge_buffer(min(STAGED_BYTES, len(blocks)))
-    for start in range(0, len(blocks), STAGED_BYTES):
-        piece = blocks[start : start + STAGED_BYTES]
-        buffer[: len(piece)] = piece
-        if os.write(file, buffer[: len(piece)]) < len(piece):
-            return
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def read_direct(file: int, start: int, buffer: memoryview) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import secrets
 import time
@@ -11,14 +12,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from holdfast.errors import AlreadyExistsError, NotFoundError, TransientError
-from holdfast.storage.direct_io import read_direct, write_direct
+from holdfast.storage.direct_io import read_direct, write_chunks
 from holdfast.storage.keys import STAGED_SUFFIX, check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
+from holdfast.storage.spare import Spare
 
 ABANDONED_SECONDS, UNLOCKED_SECONDS = 24 * 3600.0, 120.0
 """What a killed writer left half-written is removed when it has not grown for so long; the shorter time is for what
 nobody has locked. Locks alone don't tell: on some network file systems other machines don't see them.
 """
+LARGE_BYTES = 1024 * 1024
+"""An object whose first chunk is as large is written over a spare file, where there is one."""
 
 
 class DirectoryStore:
@@ -31,6 +35,7 @@ class DirectoryStore:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
         self.url = self.root.as_uri()
+        self._spare = Spare(self.root)
 
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
         path = self._path(key)
@@ -97,7 +102,8 @@ class DirectoryStore:
     def delete(self, key: str) -> None:
         path = self._path(key)
         try:
-            if not path.is_dir():  # a folder is no object; unlinking it fails in another way on every system
+            # A folder is no object; unlinking it fails in another way on every system.
+            if not path.is_dir() and not self._spare.keep(path):
                 path.unlink(missing_ok=True)
         except NotADirectoryError:  # a key below an object
             return
@@ -116,12 +122,14 @@ class DirectoryStore:
     @contextlib.contextmanager
     def _staged(self, path: Path, data: Data | Iterable[Data]) -> Iterator[Path]:
         staged = path.with_name(f"{path.name}.{secrets.token_hex(6)}{STAGED_SUFFIX}")
-        chunks = [data] if isinstance(data, Data) else data
+        chunks = iter([data] if isinstance(data, Data) else data)
+        first = next(chunks, b"")
         try:
-            file = _open_in_new_folder(staged)
+            file = self._spare.take(staged) if memoryview(first).nbytes >= LARGE_BYTES else None
+            if file is None:
+                file = _open_in_new_folder(staged)
             try:
-                for chunk in chunks:
-                    write_direct(file, chunk)
+                os.ftruncate(file, write_chunks(file, itertools.chain([first], chunks)))
                 os.fsync(file)
                 yield staged  # still locked
             finally:

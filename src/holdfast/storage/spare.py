@@ -59,6 +59,7 @@ class Spare:
                 return None
             hidden, file = self._kept.pop()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.rename(hidden, path)
             return file
         except OSError:

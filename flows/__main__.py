@@ -45,6 +45,20 @@ def train_command(options: argparse.Namespace) -> int:
         return carry_out(train, job, options)
 
 
+def calibrate_command(options: argparse.Namespace) -> int:
+    job = load_job(options.job)
+    with prefect_server():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from flows.calibrate import calibrate
+
+        accounts = accounts_of(options)
+        told = calibrate(job, options.steps, options.trace, accounts, options.store, options.budget, options.run_id)
+        Console(width=None if sys.stdout.isatty() else 120).print(Markdown(told["markdown"]))
+    return 0
+
+
 def fleet_command(options: argparse.Namespace) -> int:
     job = load_fleet_job(options.job)
     with prefect_server():
@@ -157,6 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a job to its end, on spot machines")
     train.add_argument("job", type=Path, help="YAML file of a TrainingJob")
     train.set_defaults(command=train_command)
+    calibrate = commands.add_parser(
+        "calibrate", help="one machine, a few hundred steps; then the full run is simulated from what they tell"
+    )
+    calibrate.add_argument("job", type=Path, help="YAML file of a TrainingJob")
+    calibrate.add_argument("--steps", type=int, default=300, help="so many are trained (default 300)")
+    calibrate.add_argument("--trace", default="", help="what the full run is simulated on, as of simulate")
+    calibrate.add_argument("--budget", default="", help="name of a spending-budget block")
+    calibrate.add_argument("--run-id", default="", help="name of the run, which a training may go on with")
+    calibrate.set_defaults(command=calibrate_command)
     fleet = commands.add_parser("fleet", help="run a job on many machines at once, a share of them spot")
     fleet.add_argument("job", type=Path, help="YAML file of a FleetJob")
     fleet.set_defaults(command=fleet_command)
@@ -184,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "job", type=Path, nargs="?", help="YAML file of a job of any kind, to see its pools and its cost"
     )
     doctor.set_defaults(command=doctor_command)
-    for command in (train, fleet, gang, reap, doctor):
+    for command in (train, calibrate, fleet, gang, reap, doctor):
         command.add_argument(
             "--account",
             action="append",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from statistics import median
+from typing import Any
 
 from holdfast.errors import ConfigError, NotFoundError
 from holdfast.ledger.run_state import Attempt
@@ -74,8 +75,11 @@ class JobProfile:
         kept = [one for one in self.measurements if (one.cloud, one.instance_type) not in types]
         return JobProfile(self.job, total_steps or self.total_steps, (*kept, *new))
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
 
 def profile_key(job: str) -> str:
@@ -137,12 +141,14 @@ def _measurement(cloud: str, instance_type: str, attempts: Sequence[Attempt]) ->
 
 
 def _stops(attempts: Sequence[Attempt]) -> list[float]:
-    """Only of machines that ended by themselves: what was taken trained to its end."""
-    return [
-        _since(attempt.marks["finished"], attempt.terminated_at)
-        for attempt in attempts
-        if "finished" in attempt.marks and attempt.terminated_at
-    ]
+    """Only of machines that ended in order: what was taken trained to its end. One that was asked to stop commits then."""
+    stops = []
+    for attempt in attempts:
+        asked = attempt.outcome in ("moved", "cancelled", "over-budget")
+        last = attempt.marks.get("finished") or (attempt.marks.get("preempting") if asked else None)
+        if last and attempt.terminated_at:
+            stops.append(_since(last, attempt.terminated_at))
+    return stops
 
 
 def _since(start: datetime | None, end: datetime | None) -> float:

@@ -22,7 +22,12 @@ RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
 
 
 def open_run(
-    job: TrainingJob, driver: Driver, store: ObjectStore, budget: Budget | None = None, run_id: str = ""
+    job: TrainingJob,
+    driver: Driver,
+    store: ObjectStore,
+    budget: Budget | None = None,
+    run_id: str = "",
+    kind: type[TrainingRun] = TrainingRun,
 ) -> TrainingRun:
     """Check everything that can be wrong, then return the run, to be entered. Nothing is launched or written before.
 
@@ -33,7 +38,7 @@ def open_run(
         raise ConfigError(f"run_id: {run_id!r} is no name of a run; use up to 80 small letters, digits and dashes")
     check_store(store)
     offers = check_job(job, driver)
-    run = TrainingRun(job, driver, store, budget, run_id, offers)
+    run = kind(job, driver, store, budget, run_id, offers)
     state = run.read()
     if state.state == "new":
         refuse_what_others_left(store, run_id)

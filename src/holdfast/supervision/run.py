@@ -98,7 +98,7 @@ class Run(ABC, Generic[S]):
             )
         elif self._owner.took_over:
             self._append("taken-over", owner=self._owner.number)
-        if state.state in ("failed", "cancelled", "over-budget"):
+        if state.state in ("failed", "cancelled", "over-budget", "calibrated"):
             self._append("reopened", after=state.state)
         self._settle_budget(closing=False)
         self.keepalive.start()

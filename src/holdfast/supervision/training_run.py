@@ -28,7 +28,7 @@ from holdfast.errors import (
 from holdfast.ledger.billing import TERMS, bill
 from holdfast.ledger.budget import Budget, BudgetLedger
 from holdfast.ledger.journal import Entry
-from holdfast.ledger.profiles import read_profile
+from holdfast.ledger.profiles import measured, read_profile, write_profile
 from holdfast.ledger.run_state import Attempt, RunState, read_run_state
 from holdfast.model import TrainingJob, parse_interval
 from holdfast.placement.policy import GiveUp, Launch, PastAttempt, Situation, Wait, decide
@@ -113,6 +113,20 @@ class TrainingRun(Run[RunState]):
         self._write_warnings()
         if self.state.state == "running":
             self._append("closed", state=state, detail=detail)
+        if state == "finished":
+            self._extend_profile()
+
+    def _extend_profile(self) -> None:
+        """What this run has seen, for the plans of the next; a store that does not take it now misses nothing else."""
+        attempts = self.state.attempts
+        totals = [one.report["total_steps"] for one in attempts if one.report.get("total_steps")]
+        if not (found := measured(attempts)):
+            return
+        try:
+            profile = read_profile(self.store, self.job.name)
+            write_profile(self.store, profile.with_measurements(found, totals[-1] if totals else None))
+        except (HoldfastError, OSError) as error:
+            log.warning("profile not extended run=%s error=%s", self.run_id, error)
 
     def end(self, state: str, why: str) -> None:
         """End the open attempt's machine now and close the run as `state`: cancelled, failed or over-budget."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import DISPLAY_VARIABLE, checkpoints, simulate_command
+from flows import DISPLAY_VARIABLE, checkpoints, offers, simulate_command
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import Job, load_any_job, load_fleet_job, load_gang_job, load_job
@@ -207,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         "job", type=Path, nargs="?", help="YAML file of a job of any kind, to see its pools and its cost"
     )
     doctor.set_defaults(command=doctor_command)
-    for command in (train, calibrate, fleet, gang, reap, doctor):
+    offers_parser = offers.add_parser(commands)
+    for command in (train, calibrate, fleet, gang, reap, doctor, offers_parser):
         command.add_argument(
             "--account",
             action="append",

@@ -13,7 +13,7 @@ from setuptools import find_packages
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = REPOSITORY / "src"
-ON_THE_MACHINE = ("holdfast.checkpoint", "holdfast.runtime", "holdfast.storage")
+ON_THE_MACHINE = ("holdfast.checkpoint", "holdfast.runtime", "holdfast.storage", "holdfast.queues")
 CLOUDS_AND_FLOWS = ("prefect", "boto3", "botocore", "google")
 NOT_IN_THE_IMAGE = ("pydantic", "yaml", "psutil", "numpy", "torch")
 IMPORT_ALL_OF = """
@@ -110,7 +110,7 @@ def test_placement_does_no_io_and_does_not_ask_what_time_it_is(path: Path) -> No
     assert names & {"open", "print", "now", "utcnow", "today"} == set()
 
 
-@pytest.mark.parametrize("package", ["holdfast.checkpoint", "holdfast.runtime", "holdfast.storage"])
+@pytest.mark.parametrize("package", ON_THE_MACHINE)
 def test_what_runs_on_the_machine_knows_no_driver_and_no_policy(package: str) -> None:
     forbidden = ("holdfast.drivers", "holdfast.placement", "holdfast.supervision", "holdfast.ledger", "holdfast.model")
     for path in sources(package):

@@ -14,12 +14,14 @@ from prefect.cache_policies import NO_CACHE
 from holdfast.drivers.protocol import CapacityPool, Driver, PricePoint
 from holdfast.errors import HoldfastError
 from holdfast.ledger.profiles import read_profile
+from holdfast.market.exporting import to_cloudwatch, to_google
 from holdfast.market.history import History
 from holdfast.market.informed import HORIZON
-from holdfast.market.monitor import read_judgement
+from holdfast.market.monitor import WINDOW, Judgement, judge, read_judgement, write_judgement
 from holdfast.market.table import Row, offers_table
 from holdfast.market.traces import read_traces
 from holdfast.model import Resources
+from holdfast.runtime.contract import store_tag
 from holdfast.storage import ObjectStore
 from holdfast.supervision.preflight import fitting_offers
 from tasks.placement import API_RETRIES
@@ -75,3 +77,30 @@ def price_histories(driver: Driver, rows: Sequence[Row]) -> Mapping[str, Sequenc
             continue
         found[f"{row.zone} {row.instance_type}"] = [*points, PricePoint(at=now, usd_per_hour=points[-1].usd_per_hour)]
     return found
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def judge_market(driver: Driver, store: ObjectStore) -> tuple[Judgement, Judgement]:
+    """The judgement before, and the new one, which runs read from now on."""
+    now = driver.clock.now()
+    before = read_judgement(store, now)
+    living = driver.machines({"holdfast-store": store_tag(store.url)})
+    after = judge(History(store).lives(now - WINDOW), living, now)
+    write_judgement(store, after)
+    return before, after
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10)
+def export_to_cloudwatch(judgement: Judgement, region: str) -> None:
+    import boto3
+
+    to_cloudwatch(judgement, boto3.client("cloudwatch", region_name=region))
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10)
+def export_to_google(judgement: Judgement, project: str) -> None:
+    import google.auth
+    from google.auth.transport.requests import AuthorizedSession
+
+    credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/monitoring.write"])
+    to_google(judgement, AuthorizedSession(credentials), project)

@@ -29,7 +29,9 @@ def test_calibration_measures_one_machine_simulates_the_run_and_training_goes_on
     folder: Path, store: DirectoryStore
 ) -> None:
     account = account_of(folder, "calibrating")
-    job = light_job(folder, steps=1500, resources=PLACE, deadline_hours=5, checkpointing=Checkpointing(every="50 steps"))
+    job = light_job(
+        folder, steps=1500, resources=PLACE, deadline_hours=5, checkpointing=Checkpointing(every="50 steps")
+    )
     told = calibrate(job, steps=60, account="calibrating", run_id="small")
     profile = read_profile(store, "light")
     (measured,) = profile.measurements

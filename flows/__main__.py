@@ -13,7 +13,7 @@ from typing import Any
 from flows import DISPLAY_VARIABLE, checkpoints, offers, simulate_command
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import Job, load_any_job, load_fleet_job, load_gang_job, load_job
+from holdfast.model import Job, load_any_job, load_fleet_job, load_gang_job, load_job, load_serve_job
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
@@ -73,6 +73,14 @@ def gang_command(options: argparse.Namespace) -> int:
         from flows.gang import gang
 
         return carry_out(gang, job, options)
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    job = load_serve_job(options.job)
+    with prefect_server():
+        from flows.serve import serve
+
+        return carry_out(serve, job, options)
 
 
 def carry_out(flow: Callable[..., dict[str, Any]], job: Job, options: argparse.Namespace) -> int:
@@ -188,7 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     gang.add_argument("job", type=Path, help="YAML file of a GangJob")
     gang.set_defaults(command=gang_command)
-    for command in (train, fleet, gang):
+    serve = commands.add_parser("serve", help="keep a model server up behind haproxy, on spot machines")
+    serve.add_argument("job", type=Path, help="YAML file of a ServeJob")
+    serve.set_defaults(command=serve_command)
+    for command in (train, fleet, gang, serve):
         command.add_argument("--budget", default="", help="name of a spending-budget block")
         command.add_argument(
             "--run-id", default="", help="go on with the run of that name, or give a new one this name"
@@ -208,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=doctor_command)
     offers_parser = offers.add_parser(commands)
-    for command in (train, calibrate, fleet, gang, reap, doctor, offers_parser):
+    for command in (train, calibrate, fleet, gang, serve, reap, doctor, offers_parser):
         command.add_argument(
             "--account",
             action="append",

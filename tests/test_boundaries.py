@@ -119,9 +119,9 @@ def test_what_runs_on_the_machine_knows_no_driver_and_no_policy(package: str) ->
 
 @pytest.mark.parametrize("package", ["flows", "tasks", "holdfast.placement", "holdfast.supervision", "holdfast.ledger"])
 def test_nobody_asks_whether_a_cloud_is_the_local_one(package: str) -> None:
-    """Only who makes the local cloud knows it: the demonstration, the rehearsal and the block of its account."""
+    """Only who makes the local cloud knows it: the demonstration, the rehearsal, the simulation and the block of its account."""
     root = SOURCES if package.startswith("holdfast") else REPOSITORY
-    makers = {"demo.py", "rehearse.py", "rehearsal.py"}
+    makers = {"demo.py", "rehearse.py", "rehearsal.py", "simulate_command.py"}
     for path in sorted((root / package.replace(".", "/")).rglob("*.py")):
         if path.name not in makers:
             assert not [name for name in imported_by(path) if name.startswith("holdfast.drivers.local")], path

@@ -545,27 +545,6 @@ class Haproxy(Strict):
     backend: str = Field("holdfast", title="Backend", pattern=r"^[A-Za-z0-9_.:-]+$", description="That replicas join.")
 
 
-class TargetGroup(Strict):
-    """A target group of an Application or Network Load Balancer of AWS."""
-
-    kind: Literal["target-group"] = "target-group"
-    arn: str = Field(
-        title="ARN",
-        description="Of the target group, of type instance or ip.",
-        pattern=r"^arn:aws[a-z-]*:elasticloadbalancing:[a-z0-9-]+:[0-9]{12}:targetgroup/.+$",
-    )
-
-
-class EndpointGroup(Strict):
-    """Zonal network endpoint groups of one name (type GCE_VM_IP_PORT), behind a backend service of GCP."""
-
-    kind: Literal["endpoint-group"] = "endpoint-group"
-    name: str = Field(title="Name", description="The same in every zone.", pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")
-
-
-LoadBalancer = Annotated[Haproxy | TargetGroup | EndpointGroup, Field(discriminator="kind")]
-
-
 class ServeJob(Job):
     """A model server, run as replicas behind a load balancer until it is cancelled or its hours are used up."""
 
@@ -595,7 +574,7 @@ class ServeJob(Job):
         title="Health port",
         description="Where the machine answers /healthz to the load balancer: 200 while it is to get requests, else 503.",
     )
-    load_balancer: LoadBalancer = Field(Haproxy(), title="Load balancer")
+    load_balancer: Haproxy = Field(Haproxy(), title="Load balancer")
     drain_seconds: PositiveSeconds = Field(
         60.0,
         title="Drain (seconds)",

@@ -166,7 +166,8 @@ def test_what_the_guide_to_aws_saves_is_what_its_commands_name(
 def test_the_policies_are_ones_that_iam_takes_where_the_guide_puts_them(aws: Account) -> None:
     """moto checks their grammar; the sizes are IAM's own, without white space."""
     iam = aws.emulator.client("iam")
-    policies = {file.stem: json.loads(file.read_text()) for file in (REPOSITORY / "deployments").glob("aws-*.json")}
+    files = [file for file in (REPOSITORY / "deployments").glob("aws-*.json") if "alarm" not in file.stem]
+    policies = {file.stem: json.loads(file.read_text()) for file in files}
     for number, (name, policy) in enumerate(policies.items()):
         text = json.dumps(policy, separators=(",", ":")).replace("SERVICE_ACCOUNT_UNIQUE_ID", "123456789012345678901")
         if "trust" in name:

@@ -93,7 +93,7 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(folder: Path, steady: lis
     store = DirectoryStore(folder / "store")
     assert train(folder, "run", "fsdp", 2, 32, 1, DIE_AT="1 18") != 0
     newest = Checkpoints(store, "run").committed()[-1]
-    assert newest in (CheckpointId(1, 10), CheckpointId(1, 15))
+    assert newest.attempt == 1 and 0 < newest.step < 18
     for info in list_checkpoints(store, "run"):
         Checkpoints(store, "run").verify(info.id, info.metadata)
     assert train(folder, "run", "fsdp", 2, 32, 2) == 0

@@ -22,7 +22,7 @@ def open_serve_run(
     run_id = checked_run_id(run_id, job, driver)
     check_store(store)
     check_job(job, driver)
-    balancer = open_balancer(job, driver, run_id, store.url)
+    balancer = open_balancer(job, run_id, store.url)
     balancer.check()
     run = ServeRun(job, driver, store, budget, run_id, balancer)
     refuse_what_can_not_go_on(run, budget)

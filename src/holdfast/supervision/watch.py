@@ -29,6 +29,8 @@ POWER_OFF_SECONDS = 120.0
 STOP_GRACE_SECONDS = 120.0
 CONSOLE_WALL_SECONDS = 60.0
 """An ended machine's console is asked for so long, and then done without."""
+CUT_OFF = (None, -15, 143)
+"""Exit statuses of a program that was stopped before it knew how to leave: none yet, or SIGTERM's own."""
 NO_CHECKPOINT_SECONDS = 300.0
 # The console outlives the machine, so it knows what the last heartbeat did not.
 # A cloud may cut it off in the middle of a number.
@@ -319,8 +321,9 @@ class _Watch:
         said: Outcome | None = stored["outcome"] if stored else None
         if said == "finished":
             return "finished", ""
-        if said == "program-failed":
-            status, lines = (stored or {}).get("exit_status"), (stored or {}).get("log_tail", "")
+        status = (stored or {}).get("exit_status")
+        if said == "program-failed" and not (self.asked_to_end and status in CUT_OFF):
+            lines = (stored or {}).get("log_tail", "")
             how = "could not be started" if status is None else f"ended with status {status}"
             return "program-failed", f"the program {how}:\n{lines}"
         if self.asked_to_end:

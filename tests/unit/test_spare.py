@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import subprocess
@@ -15,8 +16,6 @@ from holdfast.storage import DirectoryStore
 
 LARGE = 24 * 2**20
 
-needs_leases = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who has a file open")
-
 
 def content(letter: bytes, size: int = LARGE) -> list[bytes]:
     return [letter * 2**20] * (size // 2**20)
@@ -29,11 +28,20 @@ def store(tmp_path: Path) -> DirectoryStore:
     return store
 
 
+def grants_leases(path: Path) -> bool:
+    with open(path, "r+b") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except (AttributeError, OSError):
+            return False
+    return True
+
+
 def inode(store: DirectoryStore, key: str) -> int:
     return (store.root / key).stat().st_ino
 
 
-@needs_leases
 def test_the_next_large_object_is_written_over_a_deleted_one(store: DirectoryStore) -> None:
     before = inode(store, "old")
     store.delete("old")
@@ -42,7 +50,8 @@ def test_the_next_large_object_is_written_over_a_deleted_one(store: DirectorySto
         store.get("old")
     store.put("small", b"x")
     store.put("folder/new", content(b"b"))
-    assert inode(store, "folder/new") == before
+    if grants_leases(store.root / "small"):  # where nobody tells who reads a file, none is written over
+        assert inode(store, "folder/new") == before
     assert store.get("folder/new") == b"b" * LARGE
     assert [info.key for info in store.list("")] == ["folder/new", "small"]
 

@@ -14,8 +14,9 @@ from holdfast.batch.audit import Audit, finish
 from holdfast.batch.plan import bodies, make_plan
 from holdfast.batch.settings import WorkerSettings, write_settings
 from holdfast.batch.worker import Progress, Worker
+from holdfast.queues.opening import open_queue
+from holdfast.queues.protocol import Queue
 from holdfast.storage import DirectoryStore
-from tests.unit.small_queue import SmallQueue
 
 PREFIX = "runs/batch"
 FUNCTIONS = "tests.programs.batch_functions"
@@ -46,7 +47,7 @@ class BatchRun:
     @property
     def settings(self) -> WorkerSettings:
         return WorkerSettings(
-            queue="sqlite",
+            queue=f"sqlite://{self.folder}/queue.db",
             queue_name="batch",
             prefix=PREFIX,
             function=f"{FUNCTIONS}:{self.function}",
@@ -57,8 +58,16 @@ class BatchRun:
             idle_seconds=0.3,
         )
 
-    def queue(self) -> SmallQueue:
-        return SmallQueue(self.folder / "queue.db", self.visibility_seconds)
+    def queue(self) -> Queue:
+        return open_queue(self.settings.queue, "batch", visibility_seconds=self.visibility_seconds)
+
+    def waiting(self) -> int:
+        """Batches that can be had at once."""
+        queue = self.queue()
+        try:
+            return queue.depth().waiting
+        finally:
+            queue.close()
 
     def plan(self, *inputs: Path | str) -> BatchRun:
         make_plan(self.store, PREFIX, [str(one) for one in inputs], self.batch_size, self.format)

@@ -82,7 +82,7 @@ def test_a_function_that_fails_on_everything_ends_the_worker_and_gives_nothing_u
     assert said in capsys.readouterr().err
     audited = audit(run.store, PREFIX)
     assert (audited.records_out, audited.records_failed, audited.missing) == (0, 0, 100)
-    assert run.queue().waiting() == 10  # all of them can be had at once
+    assert run.waiting() == 10  # all of them can be had at once
 
 
 def test_a_small_input_that_fails_as_a_whole_goes_to_the_dead_letters(tmp_path):

@@ -33,16 +33,23 @@ class Leases:
         self._done: list[Any] = []
         self._back: list[Any] = []
         self._held: dict[int, Any] = {}
-        self._closing = False
+        self._stopped = self._closing = False
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
         self._thread.start()
 
     def want(self, count: int) -> None:
         """So many more, as soon as they are to be had; replaces what was wanted before."""
         with self._changed:
-            if self._wanted != count:
+            if self._wanted != count and not self._stopped:
                 self._wanted = count
                 self._changed.notify()
+
+    def stop(self) -> None:
+        """Nothing more is leased from now on."""
+        with self._changed:
+            self._stopped = True
+            self._wanted = 0
+            self._changed.notify()
 
     def acknowledge(self, lease: Any) -> None:
         with self._changed:
@@ -55,10 +62,10 @@ class Leases:
             self._changed.notify()
 
     def close(self, seconds: float) -> None:
-        """Nothing more is leased; what was acknowledged and handed back is said to the queue, if it hears it in time."""
+        """What was acknowledged is said to the queue and everything else handed back, if it hears it in time."""
+        self.stop()
         with self._changed:
             self._closing = True
-            self._wanted = 0
             self._changed.notify()
         self._thread.join(seconds)
 
@@ -109,7 +116,9 @@ class Leases:
         if closing:
             with self._changed:
                 if not self._done and not self._back:
-                    raise StopIteration
+                    if not self._held:
+                        raise StopIteration
+                    self._back = list(self._held.values())
             return extend_at
         now = time.monotonic()
         if now >= extend_at:
@@ -130,6 +139,9 @@ class Leases:
         with self._changed:
             for lease in leases:
                 self._held[id(lease)] = lease
+            if self._stopped:  # meanwhile
+                self._back += leases
+                return
             if leases:
                 self._wanted = max(0, self._wanted - len(leases))
             elif not (self._done or self._back or self._closing):

@@ -435,6 +435,7 @@ class Worker:
             at = self._sigterm_at + timedelta(seconds=SHUTDOWN_SECONDS)
         else:
             return
+        self._leases.stop()
         window = (at - now) / timedelta(seconds=self._clock.speed)
         self._leave_by = time.monotonic() + max(0.0, window - MARGIN_SECONDS)
         call = self._model.call()

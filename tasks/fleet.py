@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from holdfast.errors import TransientError
@@ -27,7 +20,7 @@ from holdfast.supervision.fleet_run import FleetRun
 from holdfast.supervision.updates import Update
 from tasks.costs import RUNS_FOLDER, send_notification
 from tasks.placement import API_RETRIES
-from tasks.progress import EVENTS, PAUSE_AFTER_ERROR_SECONDS, PROGRESS_SECONDS, PrefectWatcher, Watcher
+from tasks.progress import EVENTS, PrefectWatcher, ProgressArtifact, Publisher, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +62,11 @@ class FleetWatcher:
         self._run_id = run_id
         self._log = get_run_logger()
         self._events = PrefectWatcher(run_id, job_name)
-        self._progress: UUID | None = None
-        self._next_progress = 0.0
+        self._progress = ProgressArtifact(Publisher(), run_id, f"Progress of {run_id}")
 
     def __call__(self, update: Update) -> None:
         if update.kind == "progress":
-            try:
-                self._show_progress(update)
-            except Exception as error:  # a server that is away must not hold up the supervision
-                self._next_progress = time.monotonic() + PAUSE_AFTER_ERROR_SECONDS
-                log.warning("progress not shown error=%r", error)
+            self._progress.show(100.0 * fraction_done(update))
             return
         self._log.info("round %s: %s", update.attempt, update.text)
         fields = {name: value for name, value in update.fields.items() if name != "machines"}
@@ -88,18 +76,6 @@ class FleetWatcher:
             self._events.emit(EVENTS[update.kind], machine, payload)
         if not machines:
             self._events.emit(EVENTS[update.kind], "", {**fields, "text": update.text})
-
-    def _show_progress(self, update: Update) -> None:
-        if time.monotonic() < self._next_progress:
-            return
-        self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        percent = 100.0 * fraction_done(update)
-        if self._progress is None:
-            self._progress = create_progress_artifact(  # type: ignore[assignment]
-                progress=percent, key=f"progress-{self._run_id}", description=f"Progress of {self._run_id}"
-            )
-        else:
-            update_progress_artifact(self._progress, progress=percent)
 
 
 def fraction_done(update: Update) -> float:

@@ -61,23 +61,77 @@ def watch_machine(run: TrainingRun, attempt: Attempt, watchers: list[Watcher]) -
     return State(type=kind, name=str(ended.outcome).capitalize(), message=ended.detail[:2000])
 
 
+class Publisher:
+    """Calls of Prefect's API in a thread: a server that is slow or away holds up no supervision.
+
+    A locked database alone makes Prefect's server answer a minute late. Of each artifact only the newest waits.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def publish(self, what: str, call: Callable[[], object]) -> None:
+        context = contextvars.copy_context()  # so that the artifact belongs to this flow run
+        with self._lock:
+            self._waiting[what] = lambda: context.run(call)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="holdfast-publisher", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                what = next(iter(self._waiting))
+                call = self._waiting.pop(what)
+            try:
+                call()
+            except Exception as error:
+                log.warning("%s not shown error=%r", what, error)
+
+
+class ProgressArtifact:
+    """A bar in Prefect's UI, moved now and then."""
+
+    def __init__(self, publisher: Publisher, run_id: str, description: str) -> None:
+        self._publisher, self._key, self._description = publisher, f"progress-{run_id}", description
+        self._id: UUID | None = None
+        self._next = 0.0
+
+    def show(self, percent: float) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_SECONDS
+            self._publisher.publish("progress", lambda: self._write(percent))
+
+    def _write(self, percent: float) -> None:
+        try:
+            if self._id is None:
+                self._id = create_progress_artifact(progress=percent, key=self._key, description=self._description)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._id, progress=percent)
+        except Exception:
+            self._next = time.monotonic() + PAUSE_AFTER_ERROR_SECONDS
+            raise
+
+
 class PrefectWatcher:
     """Publishes updates for one flow run."""
 
     def __init__(self, run_id: str, job_name: str) -> None:
         self._run_id, self._job_name = run_id, job_name
         self._log = get_run_logger()
-        self._progress: UUID | None = None
-        self._next_progress = 0.0
-        self._plan_thread: threading.Thread | None = None
+        self._publisher = Publisher()
+        self._progress = ProgressArtifact(self._publisher, run_id, f"Steps of run {run_id}")
 
     def __call__(self, update: Update) -> None:
         if update.kind == "progress":
-            try:
-                self._show_progress(update)
-            except Exception as error:  # a server that is away must not hold up the supervision
-                self._next_progress = time.monotonic() + PAUSE_AFTER_ERROR_SECONDS
-                log.warning("progress not shown error=%r", error)
+            total, step = update.fields.get("total_steps"), update.fields.get("step")
+            if total and step:
+                self._progress.show(100.0 * step / total)
             return
         self._log.info("attempt %s: %s", update.attempt, update.text)
         if update.kind == "planned":
@@ -102,31 +156,6 @@ class PrefectWatcher:
         emit_event(event, resource=resource, related=related, payload=payload)
 
     def _show_plan(self, update: Update) -> None:
-        """The newest version of one artifact; the earlier ones are its history. A slow server holds up no decision."""
-        if self._plan_thread and self._plan_thread.is_alive():
-            return
-        context = contextvars.copy_context()
-        self._plan_thread = threading.Thread(
-            target=lambda: context.run(self._publish_plan, plan_markdown(update.fields["plan"]), update.text),
-            daemon=True,
-        )
-        self._plan_thread.start()
-
-    def _publish_plan(self, markdown: str, words: str) -> None:
-        try:
-            create_markdown_artifact(markdown, key=f"plan-{self._run_id}", description=words[:500])
-        except Exception as error:
-            log.warning("plan not shown error=%r", error)
-
-    def _show_progress(self, update: Update) -> None:
-        total, step = update.fields.get("total_steps"), update.fields.get("step")
-        if not total or not step or time.monotonic() < self._next_progress:
-            return
-        self._next_progress = time.monotonic() + PROGRESS_SECONDS
-        percent = 100.0 * step / total
-        if self._progress is None:
-            self._progress = create_progress_artifact(  # type: ignore[assignment]
-                progress=percent, key=f"progress-{self._run_id}", description=f"Steps of run {self._run_id}"
-            )
-        else:
-            update_progress_artifact(self._progress, progress=percent)
+        """The newest version of one artifact; the earlier ones are its history."""
+        markdown, key, words = plan_markdown(update.fields["plan"]), f"plan-{self._run_id}", update.text[:500]
+        self._publisher.publish("plan", lambda: create_markdown_artifact(markdown, key=key, description=words))

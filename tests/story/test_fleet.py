@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from prefect import flow
@@ -129,6 +130,40 @@ def test_spot_that_fails_in_three_rounds_in_a_row_is_replaced_by_on_demand(folde
     assert outcomes(summary) == {("spot", "preempted"): 3, ("on-demand", "finished"): 1}
     [reason] = summary["fallbacks"]
     assert reason.startswith("spot was refused or taken in 3 rounds in a row: 1 on-demand machines instead")
+    assert_adds_up(summary, driver)
+
+
+def test_a_prefect_server_that_does_not_answer_holds_up_no_supervision(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [])
+    run = open_fleet_run(fleet_job(folder, machines=2), driver, store, None, "crowd")
+    [server] = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "prefect server start" in " ".join(process.cmdline())
+    ]
+    went_on: list[bool] = []
+
+    def freeze() -> None:
+        wait_until(lambda: run.state.living)
+        server.suspend()
+        try:
+            wait_until(lambda: run.complete, 45)
+            went_on.append(True)
+        finally:
+            server.resume()
+
+    @flow(name="test-fleet")
+    def story() -> dict[str, Any]:
+        thread = threading.Thread(target=freeze)
+        thread.start()
+        try:
+            return carry_out_fleet(run)
+        finally:
+            thread.join()
+
+    summary = story()
+    assert went_on == [True]
+    assert sorted(member["outcome"] for member in summary["members"]) == ["finished", "finished"]
     assert_adds_up(summary, driver)
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+STARTING_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +37,72 @@ def sqlite(folder: Path) -> Iterator[Broker]:
     yield Broker(f"sqlite://{folder}/queue.db")
 
 
+@contextmanager
+def redis(folder: Path) -> Iterator[Broker]:
+    port = free_port()
+    words = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    words += ["--appendonly", "yes", "--save", ""]
+    with Server(words, port, folder / "redis.log") as server:
+        yield Broker(f"redis://127.0.0.1:{port}/0", restart=server.restart)
+
+
+class Server:
+    """A program of Debian's that listens on a port of loopback, in a session of its own, ended with its test."""
+
+    def __init__(self, words: list[str], port: int, log: Path, environment: dict[str, str] | None = None) -> None:
+        if not shutil.which(words[0]):
+            pytest.skip(f"{words[0]} is not installed")
+        self._words, self._port, self._log = words, port, log
+        self._environment = {**os.environ, **(environment or {})}
+
+    def __enter__(self) -> Server:
+        self._process = self._started()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def restart(self) -> None:
+        """Killed without warning, away for a moment, and back when this returns."""
+        self.kill()
+        time.sleep(0.5)
+        self._process = self._started()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(
+                self._words,
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        give_up_at = time.monotonic() + STARTING_SECONDS
+        while not self._listens():
+            if process.poll() is not None or time.monotonic() > give_up_at:
+                pytest.fail(f"{self._words[0]} did not start:\n{self._log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.05)
+        return process
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1.0):
+            return True
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 Opener = Callable[[Path], AbstractContextManager[Broker]]
-BROKERS: dict[str, Opener] = {"sqlite": sqlite}
+BROKERS: dict[str, Opener] = {"sqlite": sqlite, "redis": redis}
 
 
 @pytest.fixture(scope="session", params=BROKERS)

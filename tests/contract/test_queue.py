@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.errors import ConfigError, TransientError
 from holdfast.queues import Lease, Queue, open_queue
-from tests.contract.brokers import Broker, broker
+from tests.contract.brokers import Broker, broker, free_port
 
 __all__ = ["broker"]
 
@@ -325,3 +327,45 @@ def test_a_broker_that_is_killed_and_started_again_loses_nothing(broker: Broker,
         queue.acknowledge(found)
     assert expected <= rest
     assert not rest & {lease.body for lease in done}
+
+
+# -- what is wrong is said --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("kafka://host/", "no broker speaks 'kafka'"),
+        ("sqlite://host/queue.db", "sqlite:///PATH"),
+        ("redis:///0", "names no host"),
+        ("redis://host/five", "a database's number"),
+        ("redis://host/?token=hidden", "can't say 'token'"),
+    ],
+)
+def test_a_wrong_url_is_refused_and_says_what_to_write(url: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        open_queue(url, "run")
+    assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["redis://holdfast:secret@127.0.0.1:{port}/"])
+def test_a_server_that_is_not_there_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1") as refused:
+        open_queue(url.format(port=free_port()), "run")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("url", "package", "extra"), [("redis://localhost/", "redis", "redis")])
+def test_a_missing_client_library_is_told_with_the_extra_to_install(url: str, package: str, extra: str) -> None:
+    program = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from holdfast.queues import open_queue\nopen_queue({url!r}, 'run')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"pip install 'holdfast[{extra}]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a" * 201])
+def test_a_wrong_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no name of a queue"):
+        open_queue(f"sqlite://{tmp_path}/queue.db", name)

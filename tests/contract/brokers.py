@@ -46,6 +46,37 @@ def redis(folder: Path) -> Iterator[Broker]:
         yield Broker(f"redis://127.0.0.1:{port}/0", restart=server.restart)
 
 
+@contextmanager
+def rabbitmq(folder: Path) -> Iterator[Broker]:
+    """A node of its own: folder, cookie, ports and port mapper."""
+    port, mapper = free_port(), str(free_port())
+    environment = {
+        "HOME": str(folder),
+        "RABBITMQ_CONF_ENV_FILE": str(folder / "none.conf"),
+        "RABBITMQ_CONFIG_FILE": str(folder / "none"),
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "none"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+        "RABBITMQ_NODENAME": f"holdfast{port}@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+        "RABBITMQ_LOG_BASE": str(folder / "logs"),
+        "RABBITMQ_PID_FILE": str(folder / "pid"),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +S 2:2",
+        "ERL_EPMD_PORT": mapper,
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+    }
+    try:
+        with Server(["/usr/lib/rabbitmq/bin/rabbitmq-server"], port, folder / "rabbitmq.log", environment) as server:
+            yield Broker(f"amqp://127.0.0.1:{port}/", restart=server.restart, back_at_once=True, sees_all_leases=False)
+    finally:
+        # The node started it, and it outlives the node.
+        for program in ("epmd", *map(str, Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))):
+            with contextlib.suppress(FileNotFoundError):
+                subprocess.run([program, "-port", mapper, "-kill"], capture_output=True)
+
+
 class Server:
     """A program of Debian's that listens on a port of loopback, in a session of its own, ended with its test."""
 
@@ -102,7 +133,7 @@ def free_port() -> int:
 
 
 Opener = Callable[[Path], AbstractContextManager[Broker]]
-BROKERS: dict[str, Opener] = {"sqlite": sqlite, "redis": redis}
+BROKERS: dict[str, Opener] = {"sqlite": sqlite, "redis": redis, "rabbitmq": rabbitmq}
 
 
 @pytest.fixture(scope="session", params=BROKERS)

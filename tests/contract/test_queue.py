@@ -340,6 +340,7 @@ def test_a_broker_that_is_killed_and_started_again_loses_nothing(broker: Broker,
         ("redis:///0", "names no host"),
         ("redis://host/five", "a database's number"),
         ("redis://host/?token=hidden", "can't say 'token'"),
+        ("amqp://host:99999/", "no number up to 65535"),
     ],
 )
 def test_a_wrong_url_is_refused_and_says_what_to_write(url: str, said: str) -> None:
@@ -348,14 +349,18 @@ def test_a_wrong_url_is_refused_and_says_what_to_write(url: str, said: str) -> N
     assert "hidden" not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["redis://holdfast:secret@127.0.0.1:{port}/"])
+@pytest.mark.parametrize(
+    "url", ["redis://holdfast:secret@127.0.0.1:{port}/", "amqp://holdfast:secret@127.0.0.1:{port}/"]
+)
 def test_a_server_that_is_not_there_is_named_without_its_password(url: str) -> None:
     with pytest.raises(TransientError, match=r"127\.0\.0\.1") as refused:
         open_queue(url.format(port=free_port()), "run")
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("url", "package", "extra"), [("redis://localhost/", "redis", "redis")])
+@pytest.mark.parametrize(
+    ("url", "package", "extra"), [("redis://localhost/", "redis", "redis"), ("amqp://localhost/", "amqp", "amqp")]
+)
 def test_a_missing_client_library_is_told_with_the_extra_to_install(url: str, package: str, extra: str) -> None:
     program = (
         f"import sys; sys.modules[{package!r}] = None\n"

@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench ui screenshots lint help clean
+.PHONY: demo demo-batch test bench ui screenshots lint help clean
 .DEFAULT_GOAL := help
 
 demo: $(READY)  ## Run the main job on the local cloud: preempted again and again, finished all the same
 	@$(BIN)/python -m flows demo
+
+demo-batch: $(READY)  ## Run a real embedding model over documents on a fleet whose machines are taken away
+	@$(BIN)/python -m flows demo-batch
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/ruff check --quiet .
@@ -26,7 +29,7 @@ screenshots: $(READY)  ## Make the pictures in docs/ anew (needs chromium)
 	@$(BIN)/python docs/make_screenshots.py
 
 help:  ## List these
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort | expand -t 14
 
 clean:  ## Remove the virtual environment and everything that runs left here
 	rm -rf $(VENV) .holdfast

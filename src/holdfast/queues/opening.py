@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 from urllib.parse import urlsplit
 
 from holdfast.errors import ConfigError
@@ -23,12 +24,18 @@ BROKERS = {
 """By scheme: module, class, and the extra that installs the client library."""
 
 
-def open_queue(url: str, name: str, *, visibility_seconds: float = 600.0, max_deliveries: int = 5) -> Queue:
+TAKE_CREDENTIALS = ("sqs", "pubsub", "store")
+
+
+def open_queue(
+    url: str, name: str, *, visibility_seconds: float = 600.0, max_deliveries: int = 5, credentials: Any = None
+) -> Queue:
     """The queue `name` at the broker that `url` names; it is made when it isn't there.
 
     `sqlite:///PATH`, `store+STORE` (any URL that holdfast.storage opens), `redis://`, `amqp://`, `sqs://REGION/`,
     `pubsub://PROJECT/`: docs/queues.md. The broker is asked whether it is there and lets us in: raises ConfigError and
-    TransientError. Every worker of a queue gives the same `visibility_seconds` and `max_deliveries`.
+    TransientError. Every worker of a queue gives the same `visibility_seconds` and `max_deliveries`. `credentials`: what
+    open_store takes, for a cloud's queue or the store's own; without them the environment's, or the machine's role.
     """
     scheme = "store" if url.startswith("store+") else urlsplit(url).scheme
     if scheme not in BROKERS:
@@ -43,7 +50,8 @@ def open_queue(url: str, name: str, *, visibility_seconds: float = 600.0, max_de
     module, class_name, extra = BROKERS[scheme]
     try:
         broker = getattr(importlib.import_module(module), class_name)
-        return broker(url, check_name(name), visibility_seconds, max_deliveries)
+        more = {"credentials": credentials} if scheme in TAKE_CREDENTIALS else {}
+        return broker(url, check_name(name), visibility_seconds, max_deliveries, **more)
     except ImportError as error:
         if not extra or (error.name or "").startswith("holdfast"):
             raise

@@ -55,6 +55,8 @@ class CloudStore:
     ) -> None:
         """`part_bytes`: 5 MiB or more; an object may have MAX_PARTS of them."""
         self.url, self._address = address.url, address
+        self.credentials = credentials
+        """What it was opened with: other places of the same cloud are opened with it too."""
         self._retry_seconds, self._part_bytes = retry_seconds, part_bytes
         self._client = client(address, credentials, retry_seconds)
 

@@ -1,0 +1,37 @@
+"""Batch inference: the plan, the queue and the audit, each a row in Prefect's UI with its progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+
+from holdfast.supervision.batch_run import BatchRun, Tally
+from tasks.placement import API_RETRIES
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def plan_batches(run: BatchRun) -> dict[str, Any]:
+    plan = run.plan()
+    get_run_logger().info("planned %s batches of %s records", plan["batches"], plan["records"])
+    return plan
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def enqueue_batches(run: BatchRun) -> Tally:
+    """What there is to do, once all of it is in the queue."""
+    total = run.state.plan["batches"]
+    progress = create_progress_artifact(
+        progress=0.0, key=f"queue-{run.run_id}", description=f"Batches of {run.run_id} that are in the queue"
+    )
+    for number in run.put_batches():
+        update_progress_artifact(progress, progress=100.0 * number / total)  # type: ignore[arg-type]
+    return run.look()
+
+
+@task(cache_policy=NO_CACHE, **API_RETRIES)
+def audit_results(run: BatchRun) -> dict[str, Any]:
+    """Plan and results, read back and compared."""
+    return run.audit()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,8 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import moto.sqs.models as sqs_models
 import pytest
+
+from tests.emulated.gcs import GcsEmulator
+from tests.emulated.object_stores import ACCESS_KEY, REGION, SECRET_KEY, S3Emulator
 
 STARTING_SECONDS = 120.0
 
@@ -30,6 +37,8 @@ class Broker:
     """A killed worker's lease comes back when its connection ends, not when its time is over."""
     sees_all_leases: bool = True
     """Depth counts those of other workers."""
+    is_slow: bool = False
+    """An emulator that takes a hundredth of a second of processor time for a request."""
 
 
 @contextmanager
@@ -75,6 +84,62 @@ def rabbitmq(folder: Path) -> Iterator[Broker]:
         for program in ("epmd", *map(str, Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))):
             with contextlib.suppress(FileNotFoundError):
                 subprocess.run([program, "-port", mapper, "-kill"], capture_output=True)
+
+
+@contextmanager
+def sqs(folder: Path) -> Iterator[Broker]:
+    with SqsEmulator() as emulator:
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        yield Broker(f"sqs://{REGION}/?endpoint={emulator.endpoint}", keys, is_slow=True)
+
+
+class SqsEmulator(S3Emulator):
+    """moto's, one request at a time, so that of two workers one has a message; it can't wait, then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        served = self._server.app
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = re.sub(rb'"WaitTimeSeconds": *\d+', b'"WaitTimeSeconds":0', body)
+            environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+            return served(environ, start_response)
+
+        self._server.app = app
+
+    def __enter__(self) -> SqsEmulator:
+        # For every message that it hands out, moto counts all that it has, by several looks at the clock each.
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(sqs_models, "unix_time", time.time)
+        self._patch.setattr(sqs_models, "unix_time_millis", lambda: time.time() * 1000)
+        self._patch.setattr(sqs_models.SQSBackend, "is_message_valid_based_on_retention_period", lambda *_: True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._patch.undo()
+
+
+@contextmanager
+def folder_store(folder: Path) -> Iterator[Broker]:
+    yield Broker(f"store+file://{folder}/store")
+
+
+@contextmanager
+def s3_store(folder: Path) -> Iterator[Broker]:
+    with S3Emulator("queues") as emulator:
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        yield Broker(f"store+{emulator.url('queues', 'team a')}", keys, is_slow=True)
+
+
+@contextmanager
+def gcs_store(folder: Path) -> Iterator[Broker]:
+    with GcsEmulator("queues") as emulator:
+        # A person's own credentials would come before the machine's.
+        environment = {"GCE_METADATA_HOST": emulator.host, "HOME": str(folder), "GOOGLE_APPLICATION_CREDENTIALS": ""}
+        yield Broker(f"store+{emulator.url('queues', 'team a')}", environment, is_slow=True)
 
 
 class Server:
@@ -133,16 +198,30 @@ def free_port() -> int:
 
 
 Opener = Callable[[Path], AbstractContextManager[Broker]]
-BROKERS: dict[str, Opener] = {"sqlite": sqlite, "redis": redis, "rabbitmq": rabbitmq}
+BROKERS: dict[str, Opener] = {
+    "sqlite": sqlite,
+    "redis": redis,
+    "rabbitmq": rabbitmq,
+    "sqs": sqs,
+    "folder": folder_store,
+    "s3": s3_store,
+    "gcs": gcs_store,
+}
 
 
-@pytest.fixture(scope="session", params=BROKERS)
+GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(f"broker-{name}")) for name in BROKERS]
+"""A server is started by one process of the tests."""
+
+
+@pytest.fixture(scope="module", params=GROUPED)
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One server for all tests of a session; each has a queue of its own name."""
+    """One server for all tests of a module; each has a queue of its own name."""
     with (
         BROKERS[request.param](tmp_path_factory.mktemp(request.param)) as started,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name, value in started.environment.items():
             patch.setenv(name, value)
+            if not value:
+                patch.delenv(name)
         yield started

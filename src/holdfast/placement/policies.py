@@ -11,7 +11,7 @@ from typing import Literal
 from holdfast.drivers.protocol import Offer
 from holdfast.errors import ConfigError
 from holdfast.placement import policy as default
-from holdfast.placement.situation import Decision, Policy, Situation, must_leave_spot, on_demand_pool, spot_pool
+from holdfast.placement.situation import Decision, Policy, Situation, is_safe, on_demand_pool, spot_pool
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -47,7 +47,7 @@ class SpotThenOnDemand:
         self.asks_while_running = True
 
     def decide(self, situation: Situation) -> Decision:
-        self._in_hurry = self._in_hurry or must_leave_spot(situation)
+        self._in_hurry = self._in_hurry or not is_safe(situation, situation.current)
         if self._in_hurry:
             return Decision(on_demand_pool(situation), "the slack is used up")
         if situation.current is not None:
@@ -92,10 +92,10 @@ class Greedy:
         self._committed = False
 
     def decide(self, situation: Situation) -> Decision:
-        if self._committed or must_leave_spot(situation):
+        pool = spot_pool(situation)
+        if self._committed or not is_safe(situation, pool):
             self._committed = True
             return Decision(on_demand_pool(situation), "the slack is used up")
-        pool = spot_pool(situation)
         return Decision(pool, "spot is to be had" if pool is not None else "waiting for spot while there is slack")
 
 
@@ -111,8 +111,12 @@ class UniformProgress:
         pass
 
     def decide(self, situation: Situation) -> Decision:
-        if must_leave_spot(situation):
-            return Decision(on_demand_pool(situation), "the slack is used up")
+        decision = self._in_proportion(situation)
+        if is_safe(situation, decision.pool):
+            return decision
+        return Decision(on_demand_pool(situation), "the slack is used up")
+
+    def _in_proportion(self, situation: Situation) -> Decision:
         pool = spot_pool(situation)
         current = situation.current
         expected = situation.now_seconds * situation.work_total_seconds / situation.deadline_seconds

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 HOPE_TICKS = 6
@@ -39,6 +39,18 @@ class Attempted:
     made_progress: bool = False
 
 
+class PoolHistory(Protocol):
+    """Whether a pool had a machine to give, up to the run's start. A `market.traces.Trace` is one."""
+
+    @property
+    def gap_seconds(self) -> float: ...
+
+    @property
+    def available(self) -> bytes:
+        """One byte a tick, 1 or 0, oldest first."""
+        ...
+
+
 @dataclass(slots=True)
 class Situation:
     """Seconds count from the run's start, before which there is nothing to see but `history`."""
@@ -64,8 +76,10 @@ class Situation:
     """The policy is asked again after so long at the latest."""
     attempts: Sequence[Attempted] = ()
     """Oldest first."""
-    history: Sequence[object] = field(default=())
-    """Traces of these pools from before the run's start."""
+    history: Sequence[PoolHistory | None] = ()
+    """Of each of these pools, what was seen of it before the run's start; empty: nothing."""
+    loss_seconds: float = math.inf
+    """Of useful machine time, the most that is lost with a machine that is taken; inf: whatever it did since the last tick."""
 
     @property
     def work_left_seconds(self) -> float:
@@ -125,18 +139,22 @@ def spot_pool(situation: Situation) -> int | None:
     return best
 
 
-def must_leave_spot(situation: Situation) -> bool:
-    """Would another tick without progress, and then a start on demand, be too late? Exact: on-demand is always to be had.
+def is_safe(situation: Situation, pool: int | None) -> bool:
+    """May the time to the next tick be spent so, and on-demand then still be in time, whatever happens? Exact.
 
-    A machine that is taken at the end of the tick has cost the tick, and its replacement pays the restart; the same holds
-    for a tick of waiting, and for a tick after leaving on-demand, of which the overhead then is to be paid again.
+    On-demand is taken to be always to be had. Whoever waits loses the tick; a spot machine keeps of it what is neither the
+    overhead of its launch nor lost when it is taken at the end; and then another start is to be paid.
     """
-    left = (
-        situation.deadline_seconds - situation.now_seconds - situation.work_total_seconds + situation.work_done_seconds
-    )
-    return left - situation.restart_seconds < situation.tick_seconds
+    kept = 0.0
+    if pool is not None:
+        if not situation.pools[pool].spot:
+            return True
+        pending = situation.pending_seconds if pool == situation.current else situation.restart_seconds
+        kept = max(0.0, situation.tick_seconds - pending - situation.loss_seconds)
+    return situation.slack_seconds >= situation.tick_seconds - kept - ROUNDING_SECONDS
 
 
+ROUNDING_SECONDS = 1e-6
 LONGEST_TICK_SECONDS, SHORTEST_TICK_SECONDS, TICKS = 600.0, 10.0, 300.0
 RESERVE_FRACTION = 0.02
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import DISPLAY_VARIABLE, checkpoints, offers, simulate_command
+from flows import DISPLAY_VARIABLE, checkpoints, offers, reconcile_command, simulate_command
 from flows.server import QUIET, prefect_server
 from holdfast.errors import ConfigError, HoldfastError
 from holdfast.model import (
@@ -266,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--store", default="local", help="name of a checkpoint-store block (default: .holdfast)")
 
     checkpoints.add_parser(commands)
+    reconcile_command.add_parser(commands)
     simulate_command.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the main job on the local cloud, preempted again and again")

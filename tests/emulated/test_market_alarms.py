@@ -118,9 +118,13 @@ def test_a_refused_metric_is_told():
         to_google(unstable(), requests.Session(), "acme", url)
 
 
-def test_the_automation_is_one_that_prefect_takes():
+@pytest.mark.parametrize(
+    ("file", "event"),
+    [("unstable-market.yaml", "holdfast.market.unstable"), ("bill-differs.yaml", "holdfast.bill.differs")],
+)
+def test_the_automation_is_one_that_prefect_takes(file: str, event: str):
     from prefect.automations import AutomationCore
 
-    text = (DEPLOYMENTS / "unstable-market.yaml").read_text().replace("BLOCK_ID", str(uuid.uuid4()))
+    text = (DEPLOYMENTS / file).read_text().replace("BLOCK_ID", str(uuid.uuid4()))
     automation = AutomationCore.model_validate(yaml.safe_load(text)["automations"][0])
-    assert automation.trigger.expect == {"holdfast.market.unstable"}
+    assert automation.trigger.expect == {event}

@@ -23,6 +23,7 @@ from holdfast.storage.protocol import ObjectStore
 CHUNK_BYTES = 8 * 1024 * 1024
 READ_AHEAD = 3
 PART_BATCHES = 10_000
+LEAP_SHARE = 0.93
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,10 +211,13 @@ def _chunks(reader: Reader, source: Source) -> Iterator[bytes]:
 def line_ranges(chunks: Iterable[bytes], batch_size: int) -> Iterator[tuple[int, int, int, int]]:
     """(-1, start, stop, lines) of every batch: byte ranges that end with a line."""
     begin = position = lines = 0
+    leap = 0  # most of a batch, by the last one's length: to count lines is three times as fast as to find them
     last = b"\n"
     for chunk in chunks:
         at, find = 0, chunk.find
         while True:
+            if leap and not lines and (found := chunk.count(b"\n", at, at + leap)) < batch_size:
+                at, lines = min(at + leap, len(chunk)), found
             for _ in range(batch_size - lines):
                 end = find(b"\n", at)
                 if end < 0:
@@ -222,6 +226,7 @@ def line_ranges(chunks: Iterable[bytes], batch_size: int) -> Iterator[tuple[int,
                 lines += 1
             else:
                 yield -1, begin, position + at, lines
+                leap = int(LEAP_SHARE * (position + at - begin))
                 begin, lines = position + at, 0
                 continue
             break

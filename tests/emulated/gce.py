@@ -71,6 +71,7 @@ SKUS = (
     ("N2 Sole Tenancy Instance Core", "CPU", 9.9, 9.9),
 )
 PERMISSIONS: dict[str, tuple[str, ...]] = {
+    "advice.capacity": ("compute.advice.capacity",),
     "cloudbilling.skus.list": (),
     "globalOperations.get": ("compute.globalOperations.get",),
     "images.get": ("compute.images.get",),
@@ -194,6 +195,8 @@ class GceEmulator:
         self.unreachable: set[str] = set()
         """Zones that an aggregated list can't look into."""
         self.billing_answers = True
+        self.advice: dict[tuple[str, str], tuple[float, str]] = {}
+        """Obtainability and estimated uptime by machine type and zone; empty: refused, as where it is not for a project."""
         self.limits: dict[tuple[str, str], float] = {}
         """Quotas by region and metric; 1000 where none is set."""
 
@@ -890,6 +893,22 @@ class GceEmulator:
         ]
         quotas.append({"metric": "PREEMPTIBLE_NVIDIA_L4_GPUS", "limit": 4.0, "usage": 0.0})
         return {"name": region, "zones": [f"{base}/{zone}" for zone in ZONES[region]], "quotas": quotas, "status": "UP"}
+
+    def _do_advice_capacity(self, segments: list[str], query: Mapping[str, str], body: bytes) -> dict[str, Any]:
+        asked = _parse(compute_v1.CapacityAdviceRequest, body)
+        assert asked.instance_properties.scheduling.provisioning_model == "SPOT"
+        (one,) = asked.distribution_policy.zones
+        zone = one.zone.rpartition("/")[2]
+        (selection,) = asked.instance_flexibility_policy.instance_selections.values()
+        (machine_type,) = selection.machine_types
+        if not self.advice:
+            raise Refused(403, "forbidden", "Capacity advice is not available for this project.")
+        if zone not in ZONES[segments[1]] or (machine_type, zone) not in self.advice:
+            return {"recommendations": []}
+        obtainability, uptime = self.advice[machine_type, zone]
+        scores = {"obtainability": obtainability, "estimatedUptime": uptime}
+        shard = {"zone": one.zone, "machineType": machine_type, "instanceCount": 1, "provisioningModel": "SPOT"}
+        return {"recommendations": [{"scores": scores, "shards": [shard]}]}
 
     def _do_machineTypes_aggregatedList(
         self, segments: list[str], query: Mapping[str, str], body: bytes

@@ -121,6 +121,29 @@ def test_offers_are_asked_for_once_a_day_whoever_asks(gce: GceEmulator) -> None:
     assert gce.calls["machineTypes.aggregatedList"] == 1 and gce.calls["cloudbilling.skus.list"] == pages > 1
 
 
+def test_the_cloud_s_own_advice_is_in_the_rate_and_told_in_words(gce: GceEmulator) -> None:
+    plain = offers(gce)
+    gce.advice = {
+        ("n2-standard-2", "us-central1-a"): (0.85, "172800s"),
+        ("n2-standard-2", "us-central1-b"): (0.2, "1800s"),
+    }
+    found = offers(gce)
+    steady, shaky = (found[pool(f"us-central1-{zone}", "n2-standard-2")] for zone in "ab")
+    assert steady.interruptions_per_hour < plain[steady.pool].interruptions_per_hour < shaky.interruptions_per_hour
+    assert steady.capacity_advice == "capacity advice 0.85 of 1, most last 48 h"
+    silent = found[pool("us-central1-b", "g2-standard-4")]
+    assert silent.capacity_advice == "" and silent.interruptions_per_hour == plain[silent.pool].interruptions_per_hour
+    assert found[pool("us-central1-a", "n2-standard-2", "on-demand")].capacity_advice == ""
+
+
+def test_advice_that_is_refused_is_asked_for_once_an_hour_and_changes_nothing(gce: GceEmulator) -> None:
+    driver = gce.driver()
+    before = gce.calls["advice.capacity"]
+    assert [offer.capacity_advice for offer in driver.offers() if offer.capacity_advice] == []
+    driver.offers()
+    assert gce.calls["advice.capacity"] == before + 1
+
+
 def test_a_price_s_history_is_the_price(gce: GceEmulator) -> None:
     driver = gce.driver()
     now = driver.clock.now()

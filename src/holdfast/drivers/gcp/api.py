@@ -90,6 +90,10 @@ class ComputeApi:
         return self._client("InstanceGroupManagersClient")
 
     @property
+    def advice(self) -> compute_v1.AdviceClient:
+        return self._client("AdviceClient")
+
+    @property
     def region_instances(self) -> compute_v1.RegionInstancesClient:
         return self._client("RegionInstancesClient")
 

@@ -5,6 +5,7 @@ https://cloud.google.com/billing/docs/reference/rest/v1/services.skus/list
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import threading
@@ -14,6 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.clock import Clock
+from holdfast.drivers.gcp.advice import Advice, Wanted, read_advice
 from holdfast.drivers.gcp.api import PAGE, ComputeApi
 from holdfast.drivers.gcp.catalogue import (
     CURATED,
@@ -35,6 +37,7 @@ COMPUTE_ENGINE_SERVICE = "6F81-5844-456A"
 FRESH = timedelta(hours=24)
 """The catalogue changes at most once a day."""
 TRY_AGAIN = timedelta(minutes=15)
+ADVICE_FRESH = timedelta(hours=1)
 LOCAL_SSD_HOURS_A_MONTH = 730
 
 Resource = Literal["core", "ram", "gpu"]
@@ -118,6 +121,9 @@ class Market:
         self._lock = threading.Lock()
         self._offers: list[Offer] = []
         self._read_at: datetime | None = None
+        self._advice: dict[tuple[str, str], Advice] = {}
+        self._advised_at: datetime | None = None
+        self._wanted: list[Wanted] = []
         self.source = ""
         """Where the prices come from, in words."""
         self.live = False
@@ -128,7 +134,7 @@ class Market:
             if age >= (FRESH if self.live else TRY_AGAIN):
                 self._offers = self._read(zones)
                 self._read_at = self._clock.now()
-            return list(self._offers)
+            return [self._advised(offer) for offer in self._offers]
 
     def usd_per_hour(self, pool: CapacityPool, zones: Sequence[str]) -> float:
         """Raises ConfigError for a pool that the account does not offer."""
@@ -139,10 +145,23 @@ class Market:
             f"the account offers no {pool.instance_type!r} in {pool.zone!r}; add it to machine_types and zones"
         )
 
+    def _advised(self, offer: Offer) -> Offer:
+        """With what the cloud says of its capacity just now, where it says something."""
+        if self._advised_at is None or self._clock.now() - self._advised_at >= ADVICE_FRESH:
+            self._advice = read_advice(self._api, self._wanted)
+            self._advised_at = self._clock.now()
+        advice = self._advice.get((offer.pool.instance_type, offer.pool.zone))
+        if advice is None or offer.pool.provisioning_model != "spot":
+            return offer
+        rate = round(advice.interruptions_per_hour(offer.interruptions_per_hour), 4)
+        return dataclasses.replace(offer, interruptions_per_hour=rate, capacity_advice=advice.words)
+
     def _read(self, zones: Sequence[str]) -> list[Offer]:
         prices = self._prices()
         offers, unpriced = [], set()
-        for kind in self._kinds(zones):
+        kinds = self._kinds(zones)
+        self._wanted = [Wanted(kind.name, kind.zone, kind.accelerator, kind.gpus) for kind in kinds]
+        for kind in kinds:
             region = region_of(kind.zone)
             usd: dict[ProvisioningModel, float | None] = {}
             for model in ("spot", "on-demand"):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.server import prefect_server
+from holdfast.errors import ConfigError
+from holdfast.market.catalogue import fitting, parse_gpus, read_catalogue
 from holdfast.market.plots import draw_offers
 from holdfast.market.table import Row, cells
 from holdfast.model import load_any_job
@@ -20,7 +22,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "offers", help="the pools that fit a job: prices, interruptions, expected dollars; launches nothing"
     )
-    parser.add_argument("job", type=Path, help="YAML file of a job of any kind")
+    parser.add_argument("job", type=Path, nargs="?", help="YAML file of a job of any kind")
+    parser.add_argument(
+        "--gpus", metavar="A100:8", help="without a job or an account: which machine types have these, by list prices"
+    )
     parser.add_argument("--traces", type=Path, help="a spot trace, or a folder of them, as further evidence")
     parser.add_argument("--records-per-second", type=float, help="of one machine: prices a million records")
     parser.add_argument(
@@ -32,6 +37,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def offers_command(options: argparse.Namespace) -> int:
+    if options.gpus:
+        return catalogue_command(options)
+    if not options.job:
+        raise ConfigError("offers: name a job's YAML file, or --gpus such as A100:8")
     job = load_any_job(options.job)
     with prefect_server():
         from blocks import load_driver, load_store
@@ -69,3 +78,27 @@ def show(rows: Sequence[Row], options: argparse.Namespace) -> None:
     console.print(table)
     if options.plot:
         print(f"\nThe picture:  {options.plot}")
+
+
+def catalogue_command(options: argparse.Namespace) -> int:
+    found = fitting(read_catalogue(), parse_gpus(options.gpus))
+    if not found:
+        raise ConfigError(
+            f"gpus {options.gpus!r}: the catalogue knows no such machine; make a newer one: python -m holdfast.market.catalogue"
+        )
+    if options.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=str))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    dated = min(one.as_of for one in found)
+    table = Table(title=f"List prices on demand, of {dated}; what spot costs, an account tells", title_justify="left")
+    for name in ("cloud", "region", "type", "vCPUs", "GiB", "GPUs", "GPU GiB", "$/h"):
+        table.add_column(name)
+    for one in found:
+        gpus = f"{one.gpus} {one.gpu_name}"
+        numbers = (one.vcpus, f"{one.memory_gib:g}", gpus, f"{one.gpu_memory_gib:g}", f"{one.usd_per_hour:.4f}")
+        table.add_row(one.cloud, one.region, one.instance_type, *map(str, numbers))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0

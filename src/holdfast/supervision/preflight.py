@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from holdfast.drivers.protocol import Driver, Offer
 from holdfast.drivers.several import SomeOffers
 from holdfast.errors import ConfigError, HoldfastError
+from holdfast.market.catalogue import hint
 from holdfast.model import Environment, Job, Resources
 from holdfast.storage import ObjectStore
 from holdfast.supervision.bundle import check_code
@@ -95,7 +96,10 @@ def fitting_offers(resources: Resources, offers: Sequence[Offer]) -> list[Offer]
         *_unknown("resources.zones", resources.zones, {offer.pool.zone for offer in offers}),
         *_unknown("resources.gpu_name", [resources.gpu_name] * bool(resources.gpu_name), {o.gpu_name for o in offers}),
     ]
+    clouds = {offer.pool.cloud for offer in offers}
     if problems:
+        if resources.gpu_name and all(offer.gpu_name != resources.gpu_name for offer in offers):
+            problems += filter(None, [hint(resources, clouds)])
         raise ConfigError("; ".join(problems))
     fit = [
         offer
@@ -112,7 +116,7 @@ def fitting_offers(resources: Resources, offers: Sequence[Offer]) -> list[Offer]
         asked = resources.model_dump(exclude_defaults=True)
         raise ConfigError(
             f"resources: no machine of the account has all of {asked}; they contradict each other here: ask for less, "
-            "or drop one of them"
+            "or drop one of them" + "".join(f"; {words}" for words in [hint(resources, clouds)] if words)
         )
     return fit
 

@@ -40,7 +40,7 @@ from holdfast.runtime import contract
 from holdfast.storage import open_store
 from holdfast.storage.protocol import ObjectStore
 
-TICK_SECONDS = 0.05
+TICK_SECONDS = 0.2
 PROGRESS_SECONDS = 5.0
 FETCHERS = WRITERS = 4
 AHEAD_SECONDS = 0.5

@@ -136,7 +136,7 @@ def launch_what_was_asked_for(run: FleetRun, watchers: list[Watcher]) -> bool:
     assert asked
     name = f"round {asked.number}: {asked.cloud} {asked.region}, {asked.spot} spot + {asked.on_demand} on-demand"
     try:
-        launched = launch_round.with_options(task_run_name=name, tags=[asked.cloud])(run)
+        launched = launch_round.with_options(task_run_name=name)(run)  # no tags: see flows.train.row_of
     except (CapacityError, QuotaError) as error:
         tell(watchers, run, "refused", f"refused: {error}")
         return False

@@ -151,12 +151,14 @@ def tell_plans(watchers: list[Watcher], run: TrainingRun) -> None:
 
 
 def row_of(attempt: Attempt) -> Any:
-    """The task of the attempt's row in the UI: who sells the machine, where, of which type and how."""
+    """The task of the attempt's row in the UI: who sells the machine, where, of which type and how.
+
+    Without tags: for a task that has any, Prefect asks its API for a concurrency slot first, and while a busy server's
+    database is locked that takes a minute in which nobody supervises the machine.
+    """
     pool = attempt.pool
     where = f"{pool.cloud} {pool.zone} {pool.instance_type} {pool.provisioning_model}"
-    return watch_machine.with_options(
-        task_run_name=f"attempt {attempt.number}: {where}", tags=[pool.cloud, pool.provisioning_model]
-    )
+    return watch_machine.with_options(task_run_name=f"attempt {attempt.number}: {where}")
 
 
 def tell(watchers: list[Watcher], run: TrainingRun, kind: Any, text: str, attempt: Attempt | None = None) -> None:

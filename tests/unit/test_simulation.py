@@ -15,6 +15,7 @@ from holdfast.errors import ConfigError
 from holdfast.ledger.billing import BillingTerms
 from holdfast.market.traces import Trace
 from holdfast.placement.policies import POLICIES, Terms, policy_named
+from holdfast.placement.situation import Decision, Situation
 from holdfast.simulation.engine import SimulatedPool, Workload, omniscient_usd, simulate
 from holdfast.simulation.fitted import FittedMarket
 from holdfast.simulation.outcomes import Distribution, Outcome, sentence
@@ -81,6 +82,46 @@ def test_the_default_falls_back_after_three_failures_and_greedy_at_the_last_safe
     greedy = run(workload, never, "greedy")
     assert 20_000 - 2 * TICK <= greedy.finish_seconds <= 20_000 and not greedy.late
     assert greedy.usd == pytest.approx((7200 + 100) / 3600 * ON_DEMAND_USD)
+
+
+def test_the_time_that_the_orchestrator_and_the_machine_take_is_simulated_too() -> None:
+    """An hour of capacity, half an hour without, then for ever; two hours of work."""
+    workload = Workload(
+        work_seconds=7200, begin_seconds=7, launch_seconds=3, boot_seconds=100, stop_seconds=20, refusal_seconds=15,
+        detect_seconds=40, noticed_share=1.0, notice_seconds=120, unused_notice_seconds=30,
+    )  # fmt: skip
+    outcome = run(workload, trace(6, 3, 100), "greedy")
+    first_seconds = 3600 - 30 - 10  # launched after 10 s, gone 30 s before it is taken
+    trained = first_seconds - 20 - 100
+    # From the decision at 3610 on it waits a tick each time: asked in vain twice, a machine comes the third time.
+    launched = 3610 + TICK + 2 * (15 + TICK) + 3
+    last_seconds = 100 + 7200 - trained + 20
+    assert (outcome.launches, outcome.refusals, outcome.interruptions, outcome.lost_seconds) == (2, 2, 1, 0)
+    assert outcome.spot_seconds == pytest.approx(first_seconds + last_seconds)
+    assert [how for _, how, _ in outcome.way] == ["preempted", "finished"]
+    assert outcome.finish_seconds == pytest.approx(launched + last_seconds - 20)
+
+
+def test_a_machine_that_is_told_of_its_end_before_its_first_step_ends_when_it_hears_it() -> None:
+    workload = Workload(
+        work_seconds=3600, boot_seconds=300, noticed_share=1.0, notice_seconds=500, short_life_seconds=200
+    )
+    outcome = run(workload, trace(1, 1, 100), "greedy")
+    assert outcome.way[0] == (True, "preempted", 200.0)
+
+
+def test_a_machine_that_is_asked_to_leave_trains_on_until_it_hears_it() -> None:
+    pools = [SimulatedPool("spot", True, SPOT_USD, trace(100)), SimulatedPool("on-demand", False, ON_DEMAND_USD)]
+
+    class Moves:
+        asks_while_running = True
+
+        def decide(self, situation: Situation) -> Decision:
+            return Decision(0 if situation.now_seconds >= 1200 else 1, "now")
+
+    workload = Workload(work_seconds=3600, boot_seconds=100, stop_seconds=20, obey_seconds=10, detect_seconds=5)
+    outcome = simulate(workload, pools, Moves(), TICK, BY_THE_SECOND)
+    assert outcome.way == [(False, "moved", 1230.0), (True, "finished", pytest.approx(100 + 3600 - 1110 + 20))]
 
 
 stretches = st.lists(st.integers(1, 30), min_size=1, max_size=30)

@@ -131,6 +131,7 @@ class Attached:
         self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots)
         self._saved_step = self.resumed_step
         self._saved_at = self._stepped_at = time.monotonic()
+        self._completed_at = self._clock.now()
         self._copies: deque[float] = deque(maxlen=RECENT)
         self._steps: deque[float] = deque(maxlen=RECENT)
 
@@ -215,6 +216,7 @@ class Attached:
 
     def _after_step(self) -> None:
         now = time.monotonic()
+        self._completed_at = self._clock.now()
         self._steps.append(now - self._stepped_at)
         self._stepped_at = now
         self._reporter.step(self._step, self._total, self._metrics)
@@ -369,7 +371,7 @@ class Attached:
     def _leave(self, committed: bool) -> None:
         # Of several machines only the one with the notice goes; on the others the ranks are formed anew.
         kind = "preempting" if self._notice_file.seen or self._together.world_size == 1 else "reforming"
-        self._reporter.event(kind, step=self._step, committed=committed)
+        self._reporter.event(kind, step=self._step, committed=committed, **self._last_step_at())
         sys.stdout.flush()
         self._committer.close()
         raise SystemExit(EXIT_PREEMPTED_COMMITTED if committed else EXIT_PREEMPTED_UNCOMMITTED)
@@ -393,7 +395,11 @@ class Attached:
                 )
         self._snapshots.close()
         self._committer.close()
-        self._reporter.event("finished", step=self._step, metrics=dict(self._last_metrics))
+        self._reporter.event("finished", step=self._step, metrics=dict(self._last_metrics), **self._last_step_at())
+
+    def _last_step_at(self) -> dict[str, str]:
+        """When the last step was complete, which may be some commits ago; nothing where none was trained here."""
+        return {"last_step_at": self._completed_at.isoformat()} if self._step > self.resumed_step else {}
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ def _measurement(cloud: str, instance_type: str, attempts: Sequence[Attempt]) ->
         cloud=cloud,
         instance_type=instance_type,
         step_seconds=seconds / steps,
-        boot_seconds=median([_since(attempt.launched_at, attempt.marks["resumed"]) for attempt in attempts]),
+        boot_seconds=median([attempt.boot_seconds or 0.0 for attempt in attempts]),
         stop_seconds=median(_stops(attempts) or [0.0]),
         save_seconds=per_commit("stall_seconds"),
         commit_seconds=per_commit("commit_seconds"),
@@ -146,6 +146,7 @@ def _stops(attempts: Sequence[Attempt]) -> list[float]:
     for attempt in attempts:
         asked = attempt.outcome in ("moved", "cancelled", "over-budget")
         last = attempt.marks.get("finished") or (attempt.marks.get("preempting") if asked else None)
+        last = last and (attempt.last_step_at or last)
         if last and attempt.terminated_at:
             stops.append(_since(last, attempt.terminated_at))
     return stops

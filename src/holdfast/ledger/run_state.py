@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from holdfast.drivers.protocol import CapacityPool
@@ -61,10 +61,33 @@ class Attempt:
         return max(0, (self.committed_step or 0) - (self.resumed_step or 0))
 
     @property
+    def boot_seconds(self) -> float | None:
+        """From the launch until steps are done at their usual pace; None: not one was."""
+        marks, step = self.marks, self.step_seconds
+        if self.launched_at is None or "resumed" not in marks:
+            return None
+        began_at = marks["resumed"]
+        if step is not None and "first-step" in marks:
+            began_at = max(began_at, marks["first-step"] - timedelta(seconds=step))
+        return max(0.0, (began_at - self.launched_at).total_seconds())
+
+    @property
+    def last_step_at(self) -> datetime | None:
+        """When the last step was complete, before the last commit; None: the program did not end in order, or told nothing."""
+        told, marks = self.report.get("last_step_at"), self.report.get("marks", {})
+        return datetime.fromisoformat(told) if told and ("finished" in marks or "preempting" in marks) else None
+
+    @property
     def step_seconds(self) -> float | None:
-        """Mean seconds of a step in this attempt, on the cloud's clock."""
-        first, ended = self.marks.get("resumed"), self.terminated_at
-        last = self.marks.get("finished") or self.marks.get("preempting") or self.marks.get("program-ended") or ended
+        """Mean seconds of a step in this attempt, on the cloud's clock; without the first one, where more are known: that
+        may warm up, or compile.
+        """
+        if self.trained_steps > 1 and self.last_step_at and (begun := self.marks.get("first-step")):
+            return max(0.0, (self.last_step_at - begun).total_seconds()) / (self.trained_steps - 1)
+        first, ended, marks = self.marks.get("resumed"), self.terminated_at, self.marks
+        last = (
+            self.last_step_at or marks.get("finished") or marks.get("preempting") or marks.get("program-ended") or ended
+        )
         if not first or not last or self.trained_steps <= 0:
             return None
         return max(0.0, (last - first).total_seconds()) / self.trained_steps

@@ -27,6 +27,7 @@ class Telemetry:
             "metrics": {},
             "resumed_step": None,
             "first_step_at": None,
+            "last_step_at": None,
             "committed_step": None,
             "commits": 0,
             "bytes_per_commit": 0,
@@ -46,7 +47,7 @@ class Telemetry:
         match kind:
             case "progress":
                 report.update(phase="training", step=event["step"], metrics=event.get("metrics") or {})
-                report["total_steps"] = event.get("total_steps")
+                report.update(total_steps=event.get("total_steps"), last_step_at=event["at"])
                 return
             case "attached":
                 self.attached = True
@@ -75,8 +76,10 @@ class Telemetry:
                 report["damaged"].append({"checkpoint": event["checkpoint"], "error": event["error"]})
             case "finished":
                 report.update(phase="finished", step=event["step"], metrics=event.get("metrics") or report["metrics"])
+                report["last_step_at"] = event.get("last_step_at") or report["last_step_at"]
             case "preempting":
                 report.update(phase="stopping", step=event["step"])
+                report["last_step_at"] = event.get("last_step_at") or report["last_step_at"]
         report["marks"].setdefault(kind, event["at"])
         self.events_total += 1
         self._recent.append({**event, "number": self.events_total})

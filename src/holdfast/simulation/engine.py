@@ -1,8 +1,9 @@
 """One run, simulated: the production policies meet a recorded or drawn market, second by second, and the bill adds up.
 
 What is simulated: starts that train nothing, refusals, preemptions with and without notice, work since the last commit that is
-lost, changes of machine that commit first, per-second billing with its minimum. What is not: a program that fails, a cloud
-whose interface is away, prices that change during the run.
+lost, changes of machine that commit first, machines that end themselves before they are taken, the time that the orchestrator
+itself takes, per-second billing with its minimum. What is not: a program that fails, a cloud whose interface is away, prices
+that change during the run. `benchmarks/agreement.py` holds it against real runs.
 """
 
 from __future__ import annotations
@@ -30,20 +31,40 @@ class Workload:
     """Of useful machine time."""
     deadline_seconds: float = math.inf
     """From the run's start."""
+    begin_seconds: float = 0.0
+    """From the run's start to its first decision."""
+    launch_seconds: float = 0.0
+    """From a decision to the launch, where billing begins."""
     boot_seconds: float = 120.0
     """From a launch to the first step."""
     stop_seconds: float = 0.0
-    """From the last step to the end of billing, of a machine that is asked to stop, or has finished."""
+    """From the last step to the end of billing, of a machine that is asked to stop, was told of its end, or has finished."""
     refusal_seconds: float = 1.0
-    """What asking for a machine in vain takes."""
+    """From a decision to the next one, where no machine came of it."""
     detect_seconds: float = 0.0
-    """From a machine's end to the launch of the next."""
+    """From a machine's end to the next decision."""
+    obey_seconds: float = 0.0
+    """For how long a machine that is asked to leave still trains."""
+    notice_seconds: float = 120.0
+    """Between an announcement and the end."""
+    unused_notice_seconds: float = 0.0
+    """Of those, what is left when the machine has ended itself: it leaves while a last commit is safe."""
+    short_life_seconds: float | None = None
+    """From a launch to the end of a machine that is told of it before its first step; None: as long as the boot."""
+    told_restart_seconds: float | None = None
+    """What the policy is told that another machine costs, the worst that was seen; None: the sum of the times above."""
     checkpoint_seconds: float = 0.0
     """Between two commits: at a preemption without notice, what came after the last is lost. 0: nothing ever is."""
     noticed_share: float = 0.9
     """Of preemptions that come with a notice long enough for a commit."""
     reserve_seconds: float = 0.0
     """Kept between the policy's deadline and the job's, for what is slower than measured."""
+
+    @property
+    def restart_seconds(self) -> float:
+        """Between two machines, time that trains nothing."""
+        asking = max(self.launch_seconds, self.refusal_seconds)
+        return self.stop_seconds + self.detect_seconds + asking + self.boot_seconds
 
 
 class SimulatedPool:
@@ -120,14 +141,16 @@ class _Run:
             deadline_seconds=workload.deadline_seconds - workload.reserve_seconds,
             work_total_seconds=workload.work_seconds,
             work_done_seconds=0.0,
-            restart_seconds=workload.boot_seconds + workload.stop_seconds + workload.detect_seconds,
+            restart_seconds=workload.restart_seconds
+            if workload.told_restart_seconds is None
+            else workload.told_restart_seconds,
             pools=[PoolView(pool.name, pool.spot, pool.usd_per_hour) for pool in pools],
             tick_seconds=tick_seconds,
             attempts=self.attempts,
         )
 
     def to_the_end(self) -> Outcome:
-        now, situation, outcome = 0.0, self.situation, self.outcome
+        now, situation, outcome = self.workload.begin_seconds, self.situation, self.outcome
         views = situation.pools
         while outcome.launches + outcome.refusals < MOST_LAUNCHES:
             situation.now_seconds, situation.work_done_seconds, situation.current = now, self.done, None
@@ -141,13 +164,14 @@ class _Run:
                 now = max(now + 1e-3, until if until is not None else now + self.tick_seconds)
                 continue
             pool = self.pools[decision.pool]
-            if not pool.available_at(self.start + now):
+            launched = now + self.workload.launch_seconds
+            if not pool.available_at(self.start + launched):
                 outcome.refusals += 1
                 now += self.workload.refusal_seconds
                 self._ended(decision.pool, "no-capacity", now)
                 continue
             outcome.launches += 1
-            now = self._live(decision.pool, now)
+            now = self._live(decision.pool, launched)
             if self.done >= self.workload.work_seconds - 1e-6:
                 outcome.finish_seconds = now
                 outcome.late = now > self.workload.deadline_seconds + 1e-6
@@ -162,12 +186,21 @@ class _Run:
         trains_at = launched + workload.boot_seconds
         finishes_at = trains_at + workload.work_seconds - self.done
         taken_at = pool.next_change(self.start + launched) - self.start
-        ends_at = min(finishes_at, taken_at)
+        noticed = taken_at < math.inf and self.draw.random() < workload.noticed_share
+        notice_at, leaves_at = taken_at, taken_at  # trains no more from then on
+        if noticed:
+            notice_at = max(launched, taken_at - workload.notice_seconds)
+            if notice_at < trains_at:  # heard before there was anything to save: it ends itself when it hears it
+                heard = workload.boot_seconds if workload.short_life_seconds is None else workload.short_life_seconds
+                notice_at = leaves_at = min(max(notice_at, launched + heard), taken_at)
+            else:
+                leaves_at = max(notice_at, taken_at - workload.unused_notice_seconds - workload.stop_seconds)
+        decides_until = min(finishes_at, notice_at)
         if self.policy.asks_while_running:
             situation.current, situation.current_since_seconds = index, launched
             now = launched + self.tick_seconds
             decide, step = self.policy.decide, workload.checkpoint_seconds
-            while now < ends_at:
+            while now < decides_until:
                 trained = now - trains_at
                 situation.now_seconds = now
                 if trained > 0:
@@ -177,35 +210,36 @@ class _Run:
                     situation.pending_seconds = -trained
                 renew_hopes(situation.pools, index, now, self.tick_seconds)
                 if decide(situation).pool != index:
-                    return self._move(index, launched, now)
+                    if now + workload.obey_seconds >= finishes_at:
+                        break
+                    return self._move(index, launched, now, taken_at)
                 if not self.policy.asks_while_running:
                     break
                 now += self.tick_seconds
-        if finishes_at <= taken_at:
+        if finishes_at <= leaves_at:
             self.done = workload.work_seconds
-            self._bill(pool, launched, finishes_at + workload.stop_seconds, False)
+            self._bill(pool, launched, finishes_at + workload.stop_seconds, "finished")
             return finishes_at
-        return self._taken(index, launched, taken_at)
+        trained = max(0.0, leaves_at - trains_at)
+        gone_at = min(taken_at, leaves_at + workload.stop_seconds) if noticed and trained else leaves_at
+        return self._taken(index, launched, gone_at, trained, noticed)
 
-    def _move(self, index: int, launched: float, now: float) -> float:
+    def _move(self, index: int, launched: float, now: float, taken_at: float) -> float:
         """It commits, and the next machine is asked for when it is gone."""
-        trained = max(0.0, now - launched - self.workload.boot_seconds)
+        trained = max(0.0, now + self.workload.obey_seconds - launched - self.workload.boot_seconds)
         self.done += trained
-        over = now + self.workload.stop_seconds
-        self._bill(self.pools[index], launched, over, False)
+        over = min(now + self.workload.obey_seconds + self.workload.stop_seconds, max(now, taken_at))
+        self._bill(self.pools[index], launched, over, "moved")
         self._ended(index, "moved", over, trained > 0)
         return over + self.workload.detect_seconds
 
-    def _taken(self, index: int, launched: float, now: float) -> float:
-        trained = max(0.0, now - launched - self.workload.boot_seconds)
+    def _taken(self, index: int, launched: float, now: float, trained: float, noticed: bool) -> float:
         step = self.workload.checkpoint_seconds
-        lost = 0.0
-        if step and trained and self.draw.random() >= self.workload.noticed_share:
-            lost = trained % step
+        lost = trained % step if step and not noticed else 0.0
         self.done += trained - lost
         self.outcome.lost_seconds += lost
         self.outcome.interruptions += 1
-        self._bill(self.pools[index], launched, now, True)
+        self._bill(self.pools[index], launched, now, "preempted")
         self._ended(index, "preempted", now, trained - lost > step / 2)
         return now + self.workload.detect_seconds
 
@@ -215,9 +249,10 @@ class _Run:
             view = self.situation.pools[index]
             view.available, view.since_seconds = False, now
 
-    def _bill(self, pool: SimulatedPool, launched: float, ended: float, preempted: bool) -> None:
+    def _bill(self, pool: SimulatedPool, launched: float, ended: float, outcome: str) -> None:
         ran = ended - launched
-        if preempted and pool.spot and ran < self.terms.free_if_preempted_within_seconds:
+        self.outcome.way.append((pool.spot, outcome, ran))
+        if outcome == "preempted" and pool.spot and ran < self.terms.free_if_preempted_within_seconds:
             return
         seconds = max(ran, self.terms.minimum_seconds)
         self.outcome.usd += seconds / 3600 * pool.usd_per_hour

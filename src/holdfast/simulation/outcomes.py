@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -27,6 +27,8 @@ class Outcome:
     launches: int = 0
     spot_seconds: float = 0.0
     on_demand_seconds: float = 0.0
+    way: list[tuple[bool, str, float]] = field(default_factory=list)
+    """Its machines in their order: spot or not, how they ended, seconds from launch to end."""
 
 
 @dataclass(frozen=True, slots=True)

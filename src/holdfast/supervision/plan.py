@@ -304,17 +304,15 @@ class Planner:
     def restart_seconds(self, state: RunState, report: Mapping[str, Any] = {}, attempt: Attempt | None = None) -> float:
         """The worst that was seen in this run; before, what was calibrated or guessed."""
         measured = self._profile.of(self._offers[0].pool.instance_type)
-        boots = [
-            (one.marks["resumed"] - one.launched_at).total_seconds()
-            for one in state.attempts
-            if one.launched_at and "resumed" in one.marks
-        ]
+        boots = [one.boot_seconds for one in state.attempts if one.boot_seconds is not None]
         if attempt and attempt.launched_at and (resumed := report.get("marks", {}).get("resumed")):
             boots.append((datetime.fromisoformat(resumed) - attempt.launched_at).total_seconds())
         if not boots:
             boots = [measured.boot_seconds if measured else GUESSED_BOOT_SECONDS]
         stop = measured.stop_seconds if measured else GUESSED_STOP_SECONDS
-        return max(boots) + stop + self._detect_seconds
+        asks = [(one.launched_at or one.detected_at) for one in state.attempts]
+        asking = [(at - one.reserved_at).total_seconds() for at, one in zip(asks, state.attempts, strict=True) if at]
+        return max(boots) + stop + self._detect_seconds + max(asking, default=0.0)
 
     def check(self, state: RunState, now: datetime) -> None:
         """Raises ConfigError, before anything is spent, where the deadline can't be kept, or its cost passes a cap."""
@@ -367,10 +365,10 @@ def _measured_steps(state: RunState, attempt: Attempt | None, report: Mapping[st
     for one in state.attempts:
         if one.outcome and one.step_seconds:
             seconds, steps = seconds + one.step_seconds * one.trained_steps, steps + one.trained_steps
-    resumed_at, resumed = report.get("marks", {}).get("resumed"), report.get("resumed_step")
-    if attempt and resumed_at and resumed is not None and report.get("step") and report.get("at"):
-        here = report["step"] - resumed
+    first_at, last_at = report.get("marks", {}).get("first-step"), report.get("last_step_at")
+    if attempt and first_at and last_at and report.get("step"):
+        here = report["step"] - (report.get("resumed_step") or 0) - 1  # the first may compile, or warm up
         if here > 0:
-            ran = datetime.fromisoformat(report["at"]) - datetime.fromisoformat(resumed_at)
+            ran = datetime.fromisoformat(last_at) - datetime.fromisoformat(first_at)
             seconds, steps = seconds + max(0.0, ran.total_seconds()), steps + here
     return (seconds / steps if steps else None), steps

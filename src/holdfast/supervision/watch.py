@@ -279,7 +279,7 @@ class _Watch:
         last = None if resumed is None else max([*steps[-1:], report.get("step") or 0, resumed, committed or 0])
         kept = (
             "marks", "totals", "longest", "commits", "bytes_per_commit", "metrics", "notice", "damaged", "commit_failures",
-            "late_commits", "total_steps",
+            "late_commits", "total_steps", "last_step_at",
         )  # fmt: skip
         return Ending(
             outcome=outcome,

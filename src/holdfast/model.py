@@ -12,6 +12,7 @@ import yaml
 from pydantic import (
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -545,6 +546,47 @@ class Haproxy(Strict):
     backend: str = Field("holdfast", title="Backend", pattern=r"^[A-Za-z0-9_.:-]+$", description="That replicas join.")
 
 
+class TargetGroup(Strict):
+    """A target group of an AWS load balancer."""
+
+    kind: Literal["target-group"] = "target-group"
+    arn: str = Field(
+        title="ARN",
+        description="Of the target group: targets by instance or by IP, health check on /healthz at the health port.",
+        pattern=r"^arn:aws[a-z-]*:elasticloadbalancing:[a-z0-9-]+:[0-9]+:targetgroup/\S+$",
+    )
+
+    @property
+    def region(self) -> str:
+        return self.arn.split(":")[3]
+
+
+class EndpointGroups(Strict):
+    """Zonal network endpoint groups of a Google Cloud backend service, one of this name in each zone."""
+
+    kind: Literal["endpoint-groups"] = "endpoint-groups"
+    name: str = Field(
+        title="Name",
+        description="Of the groups, of type GCE_VM_IP_PORT; the backend service checks /healthz at the health port.",
+        pattern=r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$",
+    )
+
+
+def _named_briefly(value: Any) -> Any:
+    """`haproxy`, the ARN of a target group, or `networkEndpointGroups/NAME`; of a mapping without a kind, it is haproxy."""
+    if isinstance(value, dict) and "kind" not in value:
+        return {"kind": "haproxy", **value}
+    if not isinstance(value, str):
+        return value
+    if value == "haproxy":
+        return {"kind": value}
+    if value.startswith("arn:"):
+        return {"kind": "target-group", "arn": value}
+    if "networkEndpointGroups/" in value:
+        return {"kind": "endpoint-groups", "name": value.rpartition("/")[2]}
+    raise ValueError("write haproxy, the ARN of a target group, or networkEndpointGroups/NAME")
+
+
 class ServeJob(Job):
     """A model server, run as replicas behind a load balancer until it is cancelled or its hours are used up."""
 
@@ -574,7 +616,11 @@ class ServeJob(Job):
         title="Health port",
         description="Where the machine answers /healthz to the load balancer: 200 while it is to get requests, else 503.",
     )
-    load_balancer: Haproxy = Field(Haproxy(), title="Load balancer")
+    load_balancer: Annotated[
+        Annotated[Haproxy | TargetGroup | EndpointGroups, Field(discriminator="kind")], BeforeValidator(_named_briefly)
+    ] = Field(
+        Haproxy(), title="Load balancer", description="An haproxy, a target group of AWS, or groups of Google Cloud."
+    )
     drain_seconds: PositiveSeconds = Field(
         60.0,
         title="Drain (seconds)",

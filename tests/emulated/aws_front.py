@@ -25,7 +25,7 @@ from tests.emulated import aws_market
 from tests.emulated.aws_machines import ACCOUNT, Machines
 from tests.emulated.wire import name_of
 
-READ_SERVICES = {"ec2", "autoscaling", "sts", "iam", "ssm", "pricing", "servicequotas"}
+READ_SERVICES = {"ec2", "autoscaling", "sts", "iam", "ssm", "pricing", "servicequotas", "elasticloadbalancing"}
 HIDING = {"DescribeInstances", "TerminateInstances", "GetConsoleOutput", "ModifyInstanceAttribute"}
 IDEMPOTENT = {"RunInstances", "CreateFleet"}
 USER = f"arn:aws:iam::{ACCOUNT}:user/holdfast"
@@ -223,7 +223,7 @@ class Front:
             body = urlencode({**form, "MaxResults": self.page_size}).encode()
         self.machines.asking.form = form
         self.machines.asking.hides = action in HIDING
-        if action in HIDING or "AutoScaling" in action:
+        if action in HIDING or "AutoScaling" in action or "Target" in action:
             self.machines.refresh()
         given: dict[str, Any] = {}
 

@@ -90,6 +90,16 @@ PERMISSIONS: dict[str, tuple[str, ...]] = {
     "instances.setDeletionProtection": ("compute.instances.setDeletionProtection",),
     "logging.entries.list": ("logging.logEntries.list",),
     "machineTypes.aggregatedList": ("compute.machineTypes.list",),
+    "networkEndpointGroups.aggregatedList": ("compute.networkEndpointGroups.list",),
+    "networkEndpointGroups.attachNetworkEndpoints": (
+        "compute.networkEndpointGroups.attachNetworkEndpoints",
+        "compute.instances.use",
+    ),
+    "networkEndpointGroups.detachNetworkEndpoints": (
+        "compute.networkEndpointGroups.detachNetworkEndpoints",
+        "compute.instances.use",
+    ),
+    "networkEndpointGroups.listNetworkEndpoints": ("compute.networkEndpointGroups.get",),
     "networks.get": ("compute.networks.get",),
     "operations.aggregatedList": ("compute.globalOperations.list",),
     "projects.testIamPermissions": (),
@@ -207,6 +217,8 @@ class GceEmulator:
         self._logged: dict[str, str] = {}
         self._templates: dict[str, compute_v1.InstanceTemplate] = {}
         self._groups: dict[str, Group] = {}
+        self._endpoints: dict[tuple[str, str], dict[str, compute_v1.NetworkEndpoint]] = {}
+        """By zone and name of a network endpoint group: its endpoints, by instance."""
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler_of(self))
@@ -286,6 +298,15 @@ class GceEmulator:
     @property
     def groups(self) -> list[str]:
         return sorted(self._groups)
+
+    def make_endpoint_groups(self, name: str, *zones: str) -> None:
+        """Behind a backend service whose health checks all succeed while the instance runs."""
+        self._endpoints |= {(zone, name): {} for zone in zones}
+
+    def endpoints(self, name: str) -> list[str]:
+        """Instances in the network endpoint groups of this name."""
+        with self._lock:
+            return sorted(one for (_, group), found in self._endpoints.items() if group == name for one in found)
 
     def fail_host(self, name: str) -> None:
         """The machine below the instance dies at once, with everything on it."""
@@ -759,6 +780,62 @@ class GceEmulator:
                 compute_v1.BulkInsertOperationStatus(status="DONE", created_vm_count=count, target_vm_count=count)
             )
         return operation
+
+    # Network endpoint groups
+
+    def _do_networkEndpointGroups_aggregatedList(
+        self, segments: list[str], query: Mapping[str, str], body: bytes
+    ) -> dict[str, Any]:
+        found = []
+        for zone, name in self._endpoints:
+            group = compute_v1.NetworkEndpointGroup(name=name, network_endpoint_type="GCE_VM_IP_PORT")
+            found.append((f"zones/{zone}", group))
+        return self._aggregated("networkEndpointGroups", found, query)
+
+    def _do_networkEndpointGroups_attachNetworkEndpoints(
+        self, segments: list[str], query: Mapping[str, str], body: bytes
+    ) -> compute_v1.Operation:
+        asked = _parse(compute_v1.NetworkEndpointGroupsAttachEndpointsRequest, body)
+        group = self._endpoint_group(segments)
+        for one in asked.network_endpoints:
+            self._instance(["zones", segments[1], "instances", one.instance])
+            if one.instance in group:
+                raise Refused(409, "alreadyExists", f"The endpoint of {one.instance} already exists")
+            group[one.instance] = one
+        return self._operation("attachNetworkEndpoints", f"zones/{segments[1]}", "/".join(segments[:4]))
+
+    def _do_networkEndpointGroups_detachNetworkEndpoints(
+        self, segments: list[str], query: Mapping[str, str], body: bytes
+    ) -> compute_v1.Operation:
+        asked = _parse(compute_v1.NetworkEndpointGroupsDetachEndpointsRequest, body)
+        group = self._endpoint_group(segments)
+        for one in asked.network_endpoints:
+            if group.pop(one.instance, None) is None:
+                raise Refused(404, "notFound", f"The endpoint of {one.instance} was not found")
+        return self._operation("detachNetworkEndpoints", f"zones/{segments[1]}", "/".join(segments[:4]))
+
+    def _do_networkEndpointGroups_listNetworkEndpoints(
+        self, segments: list[str], query: Mapping[str, str], body: bytes
+    ) -> dict[str, Any]:
+        asked = _parse(compute_v1.NetworkEndpointGroupsListEndpointsRequest, body)
+        shown = []
+        for name, endpoint in self._endpoint_group(segments).items():
+            one = compute_v1.NetworkEndpointWithHealthStatus(network_endpoint=endpoint)
+            if asked.health_status == "SHOW":
+                runs = self._instances[segments[1], name].message.status == "RUNNING"
+                state = "HEALTHY" if runs else "UNHEALTHY"
+                one.healths = [compute_v1.HealthStatusForNetworkEndpoint(health_state=state)]
+            shown.append(one)
+        return self._listed("items", shown, query)
+
+    def _endpoint_group(self, segments: list[str]) -> dict[str, compute_v1.NetworkEndpoint]:
+        zone, name = self._zone(segments[1]), segments[3]
+        if (zone, name) not in self._endpoints:
+            raise Refused(404, "notFound", f"The resource '{'/'.join(segments[:4])}' was not found")
+        group = self._endpoints[zone, name]
+        for instance in [one for one in group if (zone, one) not in self._instances]:  # deleted with their endpoints
+            del group[instance]
+        return group
 
     def _instance(self, segments: list[str], hidden: bool = False) -> Instance:
         zone, name = self._zone(segments[1]), segments[3]

@@ -12,9 +12,13 @@ import pytest
 import yaml
 
 from holdfast.drivers.protocol import CapacityPool, Driver, FleetRequest, LaunchRequest
+from holdfast.model import ServeJob
+from holdfast.serving.balancer import Endpoint
+from holdfast.serving.opening import open_balancer
 from holdfast.storage import open_store
 from tests.contract.machines import ended, wait_for
 from tests.emulated.aws import AwsEmulator
+from tests.emulated.balancers import make_target_group
 from tests.emulated.gce import PERMISSIONS, GceEmulator
 from tests.emulated.object_stores import S3Emulator
 from tests.emulated.wire import Wire
@@ -77,6 +81,30 @@ def use_everything(driver: Driver, spot: CapacityPool, on_demand: CapacityPool) 
     wait_for(lambda: all(one.state == "terminated" for one in driver.machines({})), 60)
 
 
+def use_load_balancer(driver: Driver, pools: list[CapacityPool], load_balancer: str) -> None:
+    job = ServeJob(
+        name="served",
+        command=["serve"],
+        replicas=1,
+        max_run_hours=1,
+        load_balancer=load_balancer,  # type: ignore[arg-type]
+    )
+    balancer = open_balancer(job, driver, "run", "store")
+    balancer.check(pools)
+    balancer.open()
+    machine = driver.launch(LaunchRequest(token="lb", pool=pools[0], tags=TAGS, environment={}, startup_script=SLEEP))
+    wait_for(lambda: driver.machines({})[-1].state == "running", 60)
+    one = Endpoint(machine=machine.id, zone=machine.pool.zone, address="127.0.0.1", port=8000, health_port=8001)
+    balancer.register(one)
+    balancer.register(one)
+    assert balancer.standings()[machine.id].state == "up"
+    balancer.drain(one)
+    balancer.drain(one)
+    assert machine.id not in balancer.standings()
+    balancer.remove(one)
+    driver.terminate(machine.id, machine.pool)
+
+
 TAGS = {"holdfast-run": "run"}
 
 
@@ -88,7 +116,11 @@ def test_the_orchestrator_s_policy_grants_what_is_called_on_aws_and_no_more(tmp_
     with AwsEmulator(tmp_path) as aws:
         # The policy allows these on tagged machines only, so trying them on none proves nothing: IAM is asked.
         aws.front.tagged_only |= {"TerminateInstances", "ModifyInstanceAttribute", "GetConsoleOutput"}
-        use_everything(aws.driver(), *pools("aws", "us-east-1", "us-east-1a", "c7i.large"))
+        group = make_target_group(aws)
+        aws.forget_calls()
+        places = pools("aws", "us-east-1", "us-east-1a", "c7i.large")
+        use_load_balancer(aws.driver(), list(places), group)
+        use_everything(aws.driver(), *places)
         called = {f"{request.service}:{request.action}" for request in aws.requests}
     called.discard("sts:GetCallerIdentity")  # everybody may
     rights = {right for right in granted("aws-orchestrator-policy.json") if not right.startswith("s3:")}
@@ -130,7 +162,10 @@ def test_a_machine_may_use_the_store_and_nothing_else() -> None:
 
 def test_the_orchestrator_s_role_grants_what_is_called_on_gcp_and_no_more(tmp_path: Path) -> None:
     with GceEmulator(tmp_path) as gce:
-        use_everything(gce.driver(), *pools("gcp", "us-central1", "us-central1-a", "n2-standard-2"))
+        gce.make_endpoint_groups("served", "us-central1-a")
+        places = pools("gcp", "us-central1", "us-central1-a", "n2-standard-2")
+        use_load_balancer(gce.driver(), list(places), "networkEndpointGroups/served")
+        use_everything(gce.driver(), *places)
         needed = {permission for method in gce.calls for permission in PERMISSIONS[method]}
     needed.discard("iam.serviceAccounts.actAs")  # on the machines' service account alone: roles/iam.serviceAccountUser
     rights = set(yaml.safe_load((DEPLOYMENTS / "gcp-role.yaml").read_text())["includedPermissions"])

@@ -25,7 +25,10 @@ class Handler(BaseHTTPRequestHandler):
         ill = (orders / f"{machine}.ill").exists()
         if url.path == "/health":
             return self._answer(503 if ill else 200, "")
-        time.sleep(float(parse_qs(url.query).get("seconds", ["0"])[0]))
+        query = parse_qs(url.query)
+        time.sleep(float(query.get("seconds", ["0"])[0]))
+        while not all((orders / name).exists() for name in query.get("until", [])):
+            time.sleep(0.02)
         self._answer(200, machine)
 
     def _answer(self, status: int, text: str) -> None:

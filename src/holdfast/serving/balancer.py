@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-HEALTH_PATH = "/healthz"
-"""What load balancers ask for at a machine's health port."""
+from holdfast.drivers.protocol import CapacityPool
+
+SETTLE_SECONDS = {"haproxy": 2.0, "target-group": 20.0, "endpoint-groups": 20.0}
+"""Wall seconds until a load balancer whose orchestrator is dead has certainly seen the health check's 503, by kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +36,11 @@ class Standing:
 class LoadBalancer(Protocol):
     """Every method may raise TransientError, and ConfigError when a call can never succeed. Doing it again is no error."""
 
-    def check(self) -> None:
-        """Prove that it can be used, before anything is spent. Raises ConfigError naming what is wrong and the remedy."""
+    def check(self, pools: Sequence[CapacityPool]) -> None:
+        """Prove, before anything is spent, that it can be used, and that machines of these pools can join it.
+
+        Raises ConfigError naming what is wrong and the remedy.
+        """
 
     def open(self) -> None:
         """Before the first replica. Where it is ours to run, it runs from here on, and outlives this process."""

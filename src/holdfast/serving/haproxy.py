@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,12 +17,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from holdfast.drivers.protocol import CapacityPool
 from holdfast.errors import ConfigError, HoldfastError, TransientError
 from holdfast.model import Haproxy
-from holdfast.serving.balancer import HEALTH_PATH, Endpoint, Standing
+from holdfast.process_identity import identify, lives
+from holdfast.serving.balancer import Endpoint, Standing
+from holdfast.serving.health import HEALTH_PATH
 
 ANSWER_SECONDS = 5.0
 START_SECONDS = 20.0
@@ -62,10 +69,11 @@ class HaproxyBalancer:
         self._config = config
         self._backend = config.backend
         self._is_ours = not config.socket
+        self._run_id, self._store_url = run_id, store_url
         self._id = hashlib.sha256(f"{store_url}\n{run_id}".encode()).hexdigest()[:16]
         self._socket = config.socket or str(_own_folder() / f"{self._id}.sock")
 
-    def check(self) -> None:
+    def check(self, pools: Sequence[CapacityPool]) -> None:
         if not self._is_ours:
             try:
                 self._check_theirs()
@@ -103,6 +111,8 @@ class HaproxyBalancer:
                 socket=self._socket, listen=self._config.listen, backend=self._backend, path=HEALTH_PATH
             )
         )
+        record = {"run": self._run_id, "store": self._store_url}
+        (folder / f"{self._id}.json").write_text(json.dumps(record))  # first: what is started is known to the reaper
         # A daemon: it goes on serving when the orchestrator dies, and whoever takes the run up finds it by its socket.
         started = subprocess.run(
             ["haproxy", "-D", "-f", str(path)],
@@ -122,6 +132,8 @@ class HaproxyBalancer:
             if time.monotonic() > give_up_at:
                 raise TransientError(f"haproxy was started, and does not answer at {self._socket}")
             time.sleep(0.05)
+        record["process"] = identify(_pid_at(self._socket))
+        (folder / f"{self._id}.json").write_text(json.dumps(record))
 
     def register(self, endpoint: Endpoint) -> None:
         name = f"{self._backend}/{endpoint.machine}"
@@ -151,15 +163,8 @@ class HaproxyBalancer:
         }
 
     def close(self) -> None:
-        if not self._is_ours:
-            return
-        with contextlib.suppress(TransientError):  # it is gone already
-            lines = dict(line.split(": ", 1) for line in self._ask("show info").splitlines() if ": " in line)
-            os.kill(int(lines["Pid"]), signal.SIGTERM)
-            give_up_at = time.monotonic() + START_SECONDS
-            while self._answers() and time.monotonic() < give_up_at:
-                time.sleep(0.05)
-        Path(self._socket).unlink(missing_ok=True)
+        if self._is_ours:
+            end_own(Path(self._socket).with_suffix(".json"))
 
     # -- the runtime API ----------------------------------------------------------------------------------------------
 
@@ -169,17 +174,69 @@ class HaproxyBalancer:
         return False
 
     def _ask(self, command: str) -> str:
-        """Raises TransientError when no haproxy answers."""
-        family, address = _address_of(self._socket)
-        try:
-            with socket.socket(family) as connection:
-                connection.settimeout(ANSWER_SECONDS)
-                connection.connect(address)
-                connection.sendall(f"{command}\n".encode())
-                connection.shutdown(socket.SHUT_WR)
-                return b"".join(iter(lambda: connection.recv(65536), b"")).decode(errors="replace").strip()
-        except OSError as error:
-            raise TransientError(f"haproxy at {self._socket} does not answer: {error}") from error
+        return ask(self._socket, command)
+
+
+def ask(where: str, command: str) -> str:
+    """Of the runtime API. Raises TransientError when no haproxy answers."""
+    family, address = _address_of(where)
+    try:
+        with socket.socket(family) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(address)
+            connection.sendall(f"{command}\n".encode())
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b"")).decode(errors="replace").strip()
+    except OSError as error:
+        raise TransientError(f"haproxy at {where} does not answer: {error}") from error
+
+
+def _pid_at(where: str) -> int:
+    """Raises TransientError when no haproxy answers."""
+    lines = dict(line.split(": ", 1) for line in ask(where, "show info").splitlines() if ": " in line)
+    return int(lines["Pid"])
+
+
+# -- those that we have started ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OwnHaproxy:
+    """One that a run of this user started on this computer, whether or not it still runs."""
+
+    run_id: str
+    store_url: str
+    record: Path
+
+
+def own_haproxies() -> list[OwnHaproxy]:
+    found = []
+    for path in sorted(_own_folder().glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it is being written, or ended, at this moment
+            record = json.loads(path.read_text())
+            found.append(OwnHaproxy(record["run"], record["store"], path))
+    return found
+
+
+def end_own(record: Path) -> None:
+    """End the haproxy that this record is of, if it runs, and forget it. Raises TransientError when it does not end."""
+    own_socket = record.with_suffix(".sock")
+    process: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        process = json.loads(record.read_text()).get("process")
+    if process is None:  # whoever started it died before it could write down which process it was
+        with contextlib.suppress(TransientError, psutil.NoSuchProcess, KeyError):
+            process = identify(_pid_at(str(own_socket)))
+    if process and lives(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process["pid"], signal.SIGTERM)
+        give_up_at = time.monotonic() + START_SECONDS
+        while lives(process):
+            if time.monotonic() > give_up_at:
+                raise TransientError(f"haproxy, process {process['pid']}, does not end")
+            time.sleep(0.05)
+    for path in (own_socket, record.with_suffix(".cfg"), record):
+        path.unlink(missing_ok=True)
 
 
 def _address_of(text: str) -> tuple[socket.AddressFamily, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from holdfast.serving.balancer import HEALTH_PATH
-
+HEALTH_PATH = "/healthz"
+"""What load balancers ask for at a machine's health port."""
 PROBE_SECONDS = 0.5
 PROBE_TIMEOUT_SECONDS = 5.0
 FAILURES_IN_A_ROW = 3

@@ -10,6 +10,8 @@ from holdfast.ledger.fleet_state import FleetState, Member, fold_fleet
 from holdfast.ledger.journal import Entry
 from holdfast.serving.balancer import Endpoint
 
+THE_RUN_ENDS = "the run ends"
+
 
 @dataclass(slots=True, kw_only=True)
 class Service:
@@ -28,6 +30,8 @@ class ServeState(FleetState):
     """By machine, in the order of time."""
     retiring: dict[str, tuple[datetime, str]] = field(default_factory=dict)
     """Machines that we end ourselves once their requests are done: since when, and why."""
+    leaves_off_at: datetime | None = None
+    """When the run as a whole was asked to end: its replicas leave because of that, and for no other reason."""
 
     @property
     def registered(self) -> dict[str, Endpoint]:
@@ -63,6 +67,12 @@ def read_serve_state(run_id: str, entries: Iterable[Entry]) -> ServeState:
                 for machine, why in entry.fields["replicas"].items():
                     stay = state.services[machine][-1]
                     stay.until, stay.why = entry.at, why
+                    if why.startswith(THE_RUN_ENDS):
+                        state.leaves_off_at = state.leaves_off_at or entry.at
+            case "fleet-asked-to-end":
+                state.leaves_off_at = state.leaves_off_at or entry.at
+            case "reopened":
+                state.leaves_off_at = None
             case "replica-retiring":
                 state.retiring[entry.fields["machine"]] = (entry.at, entry.fields["why"])
     return state

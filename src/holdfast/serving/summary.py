@@ -13,12 +13,13 @@ from holdfast.serving.state import ServeState
 
 
 def summarise_serving(state: ServeState, now: datetime) -> dict[str, Any]:
-    """The content of summary.json. Seconds are the cloud's, from the first replica's registration on."""
+    """The content of summary.json. Seconds are the cloud's, from the first replica's registration until the run is to end."""
     as_fleet = {**state.job, "kind": "maintained", "machines": state.job.get("replicas")}
     summary = summarise_fleet(dataclasses.replace(state, job=as_fleet))
     stays = [stay for of_machine in state.services.values() for stay in of_machine]
-    end = state.closed_at or now
-    times = sorted({stay.since for stay in stays} | {stay.until for stay in stays if stay.until} | {end})
+    end = state.leaves_off_at or state.closed_at or now
+    changes = {stay.since for stay in stays} | {stay.until for stay in stays if stay.until}
+    times = sorted({min(at, end) for at in changes} | {end} if changes else ())
     seconds: Counter[int] = Counter()
     for begin, until in pairwise(times):
         count = sum(stay.since <= begin and (stay.until or end) >= until for stay in stays)

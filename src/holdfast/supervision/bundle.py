@@ -22,7 +22,7 @@ import holdfast
 from holdfast.errors import AlreadyExistsError, ConfigError
 from holdfast.model import GangJob, Job, ServeJob, TrainingJob
 from holdfast.runtime.fetch import object_url
-from holdfast.serving.opening import SETTLE_SECONDS
+from holdfast.serving.balancer import SETTLE_SECONDS
 from holdfast.storage import ObjectStore
 
 IGNORE_FILE = ".holdfastignore"

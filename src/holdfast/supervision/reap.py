@@ -1,11 +1,11 @@
-"""Machines that carry our tag and that no live run owns: the last of four nets."""
+"""Machines that carry our tag and that no live run owns, and load balancers of runs that are over: the last of four nets."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -13,6 +13,7 @@ from typing import TypeVar
 from holdfast.drivers.protocol import Driver, Machine
 from holdfast.errors import HoldfastError, NotFoundError, TransientError
 from holdfast.runtime.contract import lease_key, store_tag
+from holdfast.serving.haproxy import end_own, own_haproxies
 from holdfast.storage import ObjectStore
 from holdfast.supervision.ownership import Ownership
 
@@ -62,9 +63,25 @@ def reap(driver: Driver, store: ObjectStore) -> list[Reaped]:
         except (HoldfastError, OSError, ValueError, KeyError) as error:
             log.error("machine=%s can't be judged or ended: %r", machine.id, error)
             failures.append(f"{machine.id}: {error!r}")
+    reaped += _load_balancers(driver, store, failures)
     if failures:
         raise TransientError(f"{len(failures)} machines or fleets can't be judged or ended: {'; '.join(failures)}")
     return reaped
+
+
+def _load_balancers(driver: Driver, store: ObjectStore, failures: list[str]) -> Iterator[Reaped]:
+    """An haproxy of this computer that a serving run of this store has started, and nobody will end any more."""
+    for own in own_haproxies():
+        if own.store_url != store.url:
+            continue
+        try:
+            if why := _why_orphaned(own.run_id, driver, store):
+                end_own(own.record)
+                log.warning("orphan ended haproxy of run=%s why=%s", own.run_id, why)
+                yield Reaped(machine=f"haproxy of {own.run_id}", run_id=own.run_id, pool="this computer", why=why)
+        except (HoldfastError, OSError, ValueError, KeyError) as error:
+            log.error("haproxy of run=%s can't be judged or ended: %r", own.run_id, error)
+            failures.append(f"haproxy of {own.run_id}: {error!r}")
 
 
 def _asked(what: str, ask: Callable[[], Sequence[T]], failures: list[str]) -> Sequence[T]:

@@ -8,7 +8,7 @@ from holdfast.model import ServeJob
 from holdfast.serving.opening import open_balancer
 from holdfast.storage import ObjectStore
 from holdfast.supervision.fleet_opening import checked_run_id, refuse_what_can_not_go_on
-from holdfast.supervision.preflight import check_job, check_store
+from holdfast.supervision.preflight import check_job, check_store, fitting_offers
 from holdfast.supervision.serve_run import ServeRun
 
 
@@ -22,8 +22,8 @@ def open_serve_run(
     run_id = checked_run_id(run_id, job, driver)
     check_store(store)
     check_job(job, driver)
-    balancer = open_balancer(job, run_id, store.url)
-    balancer.check()
+    balancer = open_balancer(job, driver, run_id, store.url)
+    balancer.check(sorted({offer.pool for offer in fitting_offers(job.resources, driver.offers())}))
     run = ServeRun(job, driver, store, budget, run_id, balancer)
     refuse_what_can_not_go_on(run, budget)
     return run

@@ -17,7 +17,7 @@ from holdfast.model import ServeJob
 from holdfast.placement.fleet_policy import FleetSituation, PastRound
 from holdfast.runtime import contract
 from holdfast.serving.balancer import Endpoint, LoadBalancer
-from holdfast.serving.state import ServeState, read_serve_state
+from holdfast.serving.state import THE_RUN_ENDS, ServeState, read_serve_state
 from holdfast.serving.summary import serve_headline, serve_to_markdown, summarise_serving
 from holdfast.storage import ObjectStore
 from holdfast.supervision.fleet_run import FleetRun
@@ -129,7 +129,7 @@ class ServeRun(FleetRun):
     def _end_members(self, outcome: contract.Outcome, why: str) -> None:
         if not self.taken and self.state.state == "running":
             try:  # what is in flight gets the machines' shutdown time
-                self.deregister(dict.fromkeys(self.state.registered, f"the run ends: {why}"))
+                self.deregister(dict.fromkeys(self.state.registered, f"{THE_RUN_ENDS}: {why}"))
             except HoldfastError as error:
                 log.warning("load balancer not told of the end run=%s error=%s", self.run_id, error)
         super()._end_members(outcome, why)

@@ -144,7 +144,7 @@ class ServeWatch(FleetWatch):
         heard = self._heard_of(member)
         if heard.asked or member.machine in self.run.state.registered:
             return
-        drained = standing is not None and standing.in_flight == 0
+        drained = standing is None or standing.in_flight == 0  # None: the load balancer has let go of it
         if drained or now - since > timedelta(seconds=self.run.job.drain_seconds):
             heard.asked = ("moved", why)
             self.run.driver.terminate(member.machine, member.pool)

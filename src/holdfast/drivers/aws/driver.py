@@ -74,6 +74,11 @@ class AwsDriver:
         }
         self._fleets = Fleets(self._account, self._places, self._inventories)
 
+    @property
+    def account(self) -> Account:
+        """For what else of it a run uses, such as its load balancers."""
+        return self._account
+
     def check(self) -> None:
         prove(self._account, self._places)
 

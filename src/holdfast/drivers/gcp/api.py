@@ -90,6 +90,10 @@ class ComputeApi:
         return self._client("InstanceGroupManagersClient")
 
     @property
+    def endpoint_groups(self) -> compute_v1.NetworkEndpointGroupsClient:
+        return self._client("NetworkEndpointGroupsClient")
+
+    @property
     def advice(self) -> compute_v1.AdviceClient:
         return self._client("AdviceClient")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -37,6 +38,10 @@ def too_few(batch):
     return batch[:-1]
 
 
+def as_many_as_asked(batch):
+    return (record["id"] for record in batch for _ in range(record["results"]))
+
+
 def dies_at_once(batch):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -67,3 +72,18 @@ async def asynchronous(batch):
 
 def broken_setup():
     raise RuntimeError("no model here")
+
+
+def say_that_it_works():
+    """Leaves a file with the number of the worker's process, and tells where calls are noted."""
+    folder = Path(os.environ["HOLDFAST_TEST_FOLDER"])
+    (folder / "working" / str(os.getppid())).touch()
+    return os.open(folder / "calls", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def noted(batch, calls):
+    """A fifth of a second, more or less; what was computed to its end is noted."""
+    time.sleep(random.uniform(0.1, 0.3))
+    results = [record["id"] * 3 for record in batch]
+    os.write(calls, f"{batch[0]['id']}\n".encode())
+    return results

@@ -136,12 +136,14 @@ def test_inputs_in_every_store_are_planned_read_and_known_when_they_change(tmp_p
         table = pa.table({"id": list(range(30, 60))})
         parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=12)
         store.put("in/rows.parquet", (tmp_path / "rows.parquet").read_bytes())
+        store.put("in/empty.jsonl", b"")
         place, query, options = store.url.partition("?")
         here = place.replace("%20", " ").removeprefix("file://")
         inputs = [f"{here}/in/*.jsonl{query}{options}", f"{here}/in/rows.parquet{query}{options}"]
         summary = make_plan(store, PREFIX, inputs, 8)
         specs = list(batches(store, PREFIX))
-        assert (summary.records, summary.sources) == (60, 4)
+        assert (summary.records, summary.sources) == (60, 5)
+        assert [one.partition("?")[0].rpartition("/")[2] for one in summary.empty_sources] == ["empty.jsonl"]
         assert [spec.records for spec in specs] == [8, 2] * 3 + [8, 4, 8, 4, 6]
         reader = Reader()
         assert reader.read(specs[1]) == b'{"id": 8}\n{"id": 9}\n'

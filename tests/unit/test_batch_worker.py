@@ -50,6 +50,19 @@ def test_poison_records_cost_themselves_alone(tmp_path):
     assert run.progress[0].restarts >= 2
 
 
+def test_records_with_another_number_of_results_than_one_cost_themselves_alone(tmp_path):
+    odd = {4: 0, 11: 2, 26: 3}
+    source = write_jsonl(tmp_path / "in.jsonl", ({"id": n, "results": odd.get(n, 1)} for n in range(40)))
+    run = BatchRun(tmp_path, "as_many_as_asked").plan(source)
+    audited = run.work()
+    assert audited.whole and (audited.records_out, audited.records_failed) == (37, 3)
+    assert all(row["key"] == row["result"] for row in run.results())
+    failed = {row["record"]: row["error"] for row in run.failed()}
+    assert failed == {
+        n: f"WrongCountError: the function returned {count} results for 1 records" for n, count in odd.items()
+    }
+
+
 def test_a_function_may_change_its_records_and_be_asked_again(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ({"id": number} for number in range(10)))
     run = BatchRun(tmp_path, "changes_its_records").plan(source)

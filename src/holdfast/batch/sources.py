@@ -126,12 +126,17 @@ def _in_cloud(url: str, credentials: Any) -> Iterator[tuple[str, int, str]]:
             for entry in sorted(page, key=lambda one: one["path"]):
                 inner = entry["path"][len(folder) :].strip("/")
                 hidden = any(part[:1] in (".", "_") for part in inner.split("/"))
-                if (fnmatch.fnmatchcase(entry["path"], path) if magic else not hidden) and entry["size"]:
+                if (fnmatch.fnmatchcase(entry["path"], path) if magic else not hidden) and not _is_marker(entry):
                     yield named(entry)
     except HoldfastError:
         raise
     except Exception as error:
         raise translated(error, "list", folder, address) from error
+
+
+def _is_marker(entry: Any) -> bool:
+    """Consoles make a folder by an empty object with its name; an empty file still has its suffix."""
+    return not entry["size"] and os.path.splitext(entry["path"])[1].lower() not in SUFFIXES
 
 
 def _client(address: Address, credentials: Any) -> Any:

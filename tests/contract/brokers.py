@@ -22,6 +22,7 @@ import pytest
 
 from tests.emulated.gcs import GcsEmulator
 from tests.emulated.object_stores import ACCESS_KEY, REGION, SECRET_KEY, S3Emulator
+from tests.emulated.pubsub import PubSubEmulator
 
 STARTING_SECONDS = 120.0
 
@@ -142,6 +143,17 @@ def gcs_store(folder: Path) -> Iterator[Broker]:
         yield Broker(f"store+{emulator.url('queues', 'team a')}", environment, is_slow=True)
 
 
+@contextmanager
+def pubsub(folder: Path) -> Iterator[Broker]:
+    if theirs := os.environ.get("HOLDFAST_TEST_PUBSUB"):
+        yield Broker(f"pubsub://holdfast-test/?endpoint=http://{theirs}", sees_all_leases=False, is_slow=True)
+        return
+    with PubSubEmulator() as emulator:
+        yield Broker(
+            f"pubsub://holdfast-test/?endpoint=http://127.0.0.1:{emulator.port}", sees_all_leases=False, is_slow=True
+        )
+
+
 class Server:
     """A program of Debian's that listens on a port of loopback, in a session of its own, ended with its test."""
 
@@ -206,22 +218,26 @@ BROKERS: dict[str, Opener] = {
     "folder": folder_store,
     "s3": s3_store,
     "gcs": gcs_store,
+    "pubsub": pubsub,
 }
 
 
-GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(f"broker-{name}")) for name in BROKERS]
+GROUPED = {name: pytest.param(name, marks=pytest.mark.xdist_group(f"broker-{name}")) for name in BROKERS}
 """A server is started by one process of the tests."""
 
 
-@pytest.fixture(scope="module", params=GROUPED)
-def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One server for all tests of a module; each has a queue of its own name."""
-    with (
-        BROKERS[request.param](tmp_path_factory.mktemp(request.param)) as started,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in started.environment.items():
-            patch.setenv(name, value)
-            if not value:
-                patch.delenv(name)
+@pytest.fixture(scope="session", params=GROUPED.values())
+def started_broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One server for all tests of a session."""
+    with BROKERS[request.param](tmp_path_factory.mktemp(request.param)) as started:
         yield started
+
+
+@pytest.fixture
+def broker(started_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Broker:
+    """Each test has a queue of its own name at it."""
+    for name, value in started_broker.environment.items():
+        monkeypatch.setenv(name, value)
+        if not value:
+            monkeypatch.delenv(name)
+    return started_broker

@@ -10,15 +10,16 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import ConfigError, TransientError
 from holdfast.queues import Lease, Queue, open_queue
-from tests.contract.brokers import Broker, broker, free_port
+from tests.contract.brokers import Broker, broker, free_port, started_broker
 
-__all__ = ["broker"]
+__all__ = ["broker", "started_broker"]
 
 NUMBERS = itertools.count(1)
 PATIENCE_SECONDS = 60.0
@@ -167,7 +168,7 @@ def test_a_lease_that_is_extended_is_kept(open_one: Open) -> None:
         here, there = open_one(visibility_seconds), open_one(visibility_seconds)
         here.put([b"long"])
         held = leased(here, 1)
-        until = time.monotonic() + 2.5 * visibility_seconds
+        until = time.monotonic() + 1.5 * visibility_seconds
         while time.monotonic() < until:
             before = time.monotonic()
             if here.extend(held):
@@ -259,14 +260,14 @@ def test_depth_counts_what_waits_what_is_leased_and_what_is_dead(broker: Broker,
         assert open_one().depth() == depth
 
 
-def test_eight_processes_never_have_an_item_at_the_same_time_and_leave_none(
+def test_many_processes_never_have_an_item_at_the_same_time_and_leave_none(
     broker: Broker, open_one: Open, tmp_path: Path
 ) -> None:
     items = 64 if broker.is_slow else 240
     queue, log = open_one(), tmp_path / "had"
     queue.put([b"%d" % number for number in range(items)])
-    workers = [program("race", broker, open_one, 120.0, str(log)) for _ in range(8)]
-    assert [worker.wait() for worker in workers] == [0] * 8
+    workers = [program("race", broker, open_one, 120.0, str(log)) for _ in range(4 if broker.is_slow else 8)]
+    assert {worker.wait() for worker in workers} == {0}
     had = defaultdict(list)
     for line in log.read_text().splitlines():
         item, start, stop, _ = line.split()
@@ -344,6 +345,7 @@ def test_a_broker_that_is_killed_and_started_again_loses_nothing(broker: Broker,
         ("sqs://frankfurt/", "for example sqs://eu-central-1/"),
         ("sqs://eu-central-1/?key=hidden", "can't say 'key'"),
         ("store+ftp://host/", "no store speaks 'ftp'"),
+        ("pubsub://Project/", "the id of a Google Cloud project"),
     ],
 )
 def test_a_wrong_url_is_refused_and_says_what_to_write(url: str, said: str) -> None:
@@ -352,20 +354,21 @@ def test_a_wrong_url_is_refused_and_says_what_to_write(url: str, said: str) -> N
     assert "hidden" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis://holdfast:secret@127.0.0.1:{port}/",
-        "amqp://holdfast:secret@127.0.0.1:{port}/",
-        "sqs://us-east-1/?endpoint=http://127.0.0.1:{port}",
-    ],
-)
-def test_a_server_that_is_not_there_is_named_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(TransientError, match=r"127\.0\.0\.1") as refused:
-        open_queue(url.format(port=free_port()), "run")
-    assert "secret" not in str(refused.value)
+    address = f"127.0.0.1:{free_port()}"
+
+    def said(url: str) -> str:
+        with pytest.raises(TransientError) as refused:
+            open_queue(url, "run")
+        return str(refused.value)
+
+    urls = [f"redis://holdfast:secret@{address}/", f"amqp://holdfast:secret@{address}/"]
+    urls += [f"sqs://us-east-1/?endpoint=http://{address}", f"pubsub://project/?endpoint=http://{address}"]
+    with ThreadPoolExecutor(len(urls)) as pool:
+        for text in pool.map(said, urls):
+            assert address in text and "secret" not in text
 
 
 @pytest.mark.parametrize(
@@ -374,6 +377,7 @@ def test_a_server_that_is_not_there_is_named_without_its_password(url: str, monk
         ("redis://localhost/", "redis", "redis"),
         ("amqp://localhost/", "amqp", "amqp"),
         ("sqs://us-east-1/", "boto3", "aws"),
+        ("pubsub://project/", "google.pubsub_v1", "pubsub"),
     ],
 )
 def test_a_missing_client_library_is_told_with_the_extra_to_install(url: str, package: str, extra: str) -> None:

@@ -18,7 +18,7 @@ BROKERS = {
     "amqp": ("holdfast.queues.rabbitmq", "RabbitQueue", "amqp"),
     "amqps": ("holdfast.queues.rabbitmq", "RabbitQueue", "amqp"),
     "sqs": ("holdfast.queues.sqs", "SqsQueue", "aws"),
-    "pubsub": ("holdfast.queues.pubsub", "PubSubQueue", "gcp"),
+    "pubsub": ("holdfast.queues.pubsub", "PubSubQueue", "pubsub"),
     "store": ("holdfast.queues.in_store", "StoreQueue", "aws"),
 }
 """By scheme: module, class, and the extra that installs the client library."""

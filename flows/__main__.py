@@ -138,11 +138,12 @@ def batch_demo_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from blocks.accounts import LocalAccount
         from flows.batch_inference import batch_inference
-        from flows.demo import BATCH_DEMO_ACCOUNT, batch_demo_account, write_documents
+        from flows.demo import BATCH_DEMO_ACCOUNT, BATCH_DEMO_SIZE, batch_demo_account, write_documents
 
-        job = job.model_copy(update={"inputs": [str(write_documents(options.documents))]})
+        path, number = write_documents(options.documents)
+        job = job.model_copy(update={"inputs": [str(path)], "batch_size": BATCH_DEMO_SIZE})
         LocalAccount.register_type_and_schema()
-        batch_demo_account(options.seed).save(BATCH_DEMO_ACCOUNT, overwrite=True)
+        batch_demo_account(options.seed, number).save(BATCH_DEMO_ACCOUNT, overwrite=True)
         _show(batch_inference(job, account=BATCH_DEMO_ACCOUNT))
     return 0
 

@@ -33,25 +33,32 @@ def demo_account(seed: int) -> LocalAccount:
 
 
 BATCH_DEMO_ACCOUNT = "demo-batch"
+BATCH_DEMO_SIZE = 20
+"""Of a batch: small, so that there is something to see on a slow computer."""
 
 
-def batch_demo_account(seed: int) -> LocalAccount:
-    """A cloud that takes two of its machines away soon, one with notice and one without; a third later on."""
+def batch_demo_account(seed: int, documents: int) -> LocalAccount:
+    """A cloud that takes machines away once they have done some of the documents: with notice, without, with notice."""
     draw = random.Random(seed)
+
+    def some() -> int:
+        return max(1, round(documents * draw.uniform(0.05, 0.08)))
+
     spot = [
-        Fate(after_seconds=draw.uniform(15, 20), notice=True, notice_seconds=8),
-        Fate(after_seconds=draw.uniform(25, 30), notice=False),
+        Fate(at_step=some(), notice=True, notice_seconds=8),
+        Fate(at_step=some(), notice=False),
         Fate(),
-        Fate(after_seconds=draw.uniform(20, 30), notice=True, notice_seconds=8),
+        Fate(at_step=some(), notice=True, notice_seconds=8),
     ]
     return LocalAccount(root=Path(f".holdfast/clouds/demo-{secrets.token_hex(4)}"), market=ScriptedMarket(spot=spot))
 
 
-def write_documents(count: int | None) -> Path:
-    """So many of the documents that Python brings, one JSON line for each."""
+def write_documents(count: int | None) -> tuple[Path, int]:
+    """So many of the documents that Python brings, one JSON line for each; their file and number."""
     from examples.documents import documents
 
     path = Path(".holdfast/documents.jsonl").absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in islice(documents(), count)))
-    return path
+    lines = [json.dumps(one) + "\n" for one in islice(documents(), count)]
+    path.write_text("".join(lines))
+    return path, len(lines)

@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +15,7 @@ from rich.table import Column
 
 from flows import DISPLAY_VARIABLE
 from flows.display import PLAIN_SECONDS, STYLES
+from holdfast.ledger.batch_summary import batch_progress
 from holdfast.supervision.fleet_run import FleetRun
 from holdfast.supervision.updates import Update
 from tasks.fleet import fraction_done
@@ -88,18 +87,7 @@ def fleet_status(update: Update) -> str:
     """A gang's steps, members by what became of them, and dollars so far."""
     fields = update.fields
     if fields.get("batches"):
-        return batch_status(fields)
+        return batch_progress(fields)
     steps = f"step {fields['step'] or 0} of {fields['total_steps']}, " if fields.get("total_steps") else ""
     counts = ", ".join(f"{number} {name}" for name, number in fields["counts"].items())
     return f"{steps}{counts} of {fields['wanted']}  ${fields['usd']:.4f}"
-
-
-def batch_status(fields: dict[str, Any]) -> str:
-    """A batch job's records, their rate, machines by what became of them, dollars, and how long the rest takes."""
-    records = f"{fields['records_done']:,}"
-    total = f" of {fields['records']:,}" if fields["records"] else ""
-    rate = f", {fields['records_per_second']:,.0f}/s" if fields["records_per_second"] else ""
-    machines = ", ".join(f"{number} {name}" for name, number in fields["counts"].items() if number)
-    eta = fields["eta_seconds"]
-    left = "" if eta is None else f"  {timedelta(seconds=round(eta))} left"
-    return f"{records}{total} records{rate}  {machines or 'no machine yet'}  ${fields['usd']:.4f}{left}"

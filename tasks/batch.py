@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from holdfast.supervision.batch_run import BatchRun, Tally
 from tasks.placement import API_RETRIES
+from tasks.progress import ProgressArtifact, Publisher
 
 
 @task(cache_policy=NO_CACHE, **API_RETRIES)
@@ -23,11 +23,9 @@ def plan_batches(run: BatchRun) -> dict[str, Any]:
 def enqueue_batches(run: BatchRun) -> Tally:
     """What there is to do, once all of it is in the queue."""
     total = run.state.plan["batches"]
-    progress = create_progress_artifact(
-        progress=0.0, key=f"queue-{run.run_id}", description=f"Batches of {run.run_id} that are in the queue"
-    )
+    progress = ProgressArtifact(Publisher(), f"queue-{run.run_id}", f"Batches of {run.run_id} that are in the queue")
     for number in run.put_batches():
-        update_progress_artifact(progress, progress=100.0 * number / total)  # type: ignore[arg-type]
+        progress.show(100.0 * number / total)
     return run.look()
 
 

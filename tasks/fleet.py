@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from holdfast.errors import TransientError
+from holdfast.ledger.batch_summary import batch_progress
 from holdfast.ledger.fleet_state import Round
 from holdfast.placement.fleet_policy import LaunchRound
 from holdfast.placement.policy import GiveUp, Wait
@@ -66,7 +67,8 @@ class FleetWatcher:
 
     def __call__(self, update: Update) -> None:
         if update.kind == "progress":
-            self._progress.show(100.0 * fraction_done(update))
+            words = batch_progress(update.fields) if update.fields.get("batches") else ""
+            self._progress.show(100.0 * fraction_done(update), words)
             return
         self._log.info("round %s: %s", update.attempt, update.text)
         fields = {name: value for name, value in update.fields.items() if name != "machines"}

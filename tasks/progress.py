@@ -102,17 +102,19 @@ class ProgressArtifact:
         self._id: UUID | None = None
         self._next = 0.0
 
-    def show(self, percent: float) -> None:
+    def show(self, percent: float, words: str = "") -> None:
+        """`words`: to be read below the bar, after the description."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + PROGRESS_SECONDS
-            self._publisher.publish("progress", lambda: self._write(percent))
+            self._publisher.publish("progress", lambda: self._write(percent, words))
 
-    def _write(self, percent: float) -> None:
+    def _write(self, percent: float, words: str) -> None:
+        description = f"{self._description}: {words}" if words else self._description
         try:
             if self._id is None:
-                self._id = create_progress_artifact(progress=percent, key=self._key, description=self._description)  # type: ignore[assignment]
+                self._id = create_progress_artifact(progress=percent, key=self._key, description=description)  # type: ignore[assignment]
             else:
-                update_progress_artifact(self._id, progress=percent)
+                update_progress_artifact(self._id, progress=percent, description=description)
         except Exception:
             self._next = time.monotonic() + PAUSE_AFTER_ERROR_SECONDS
             raise

@@ -20,11 +20,12 @@ from flows.batch_inference import carry_out_batch
 from holdfast.drivers.local import LocalDriver
 from holdfast.drivers.local.config import Fate, ScriptedMarket
 from holdfast.errors import OverBudgetError, ProgramFailedError
-from holdfast.model import BatchJob
+from holdfast.ledger.billing import add_usd
+from holdfast.model import BatchJob, load_batch_job
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.batch_opening import open_batch_run
 from tests.chaos.runs import cloud, wait_until
-from tests.conftest import PROGRAMS
+from tests.conftest import PROGRAMS, command_lines_with
 from tests.story.test_fleet import REPOSITORY, SMALL, assert_adds_up, outcomes
 
 
@@ -178,3 +179,30 @@ def test_a_killed_orchestrator_s_successor_goes_on_from_journal_plan_and_queue(
     assert summary["orchestrator_recoveries"] == 1 and summary["machines_launched"] == 3
     assert results(store, "double") == {n: 2 * n for n in range(400)}
     assert_adds_up(summary, driver)
+
+
+@pytest.mark.timeout(400)
+def test_the_demonstration_loses_machines_and_no_document(folder: Path, prefect_api: str) -> None:
+    """As it is, but for the model: one that waits costs no processor's time."""
+    job = load_batch_job(REPOSITORY / "examples/embed.yaml").model_copy(
+        update={
+            "function": "mapping:characters",
+            "setup": "",
+            "code": str(PROGRAMS / "batch"),
+            "env": {"BATCH_SECONDS": "2"},
+        }
+    )
+    (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HOLDFAST_"))}
+    environment |= {"PREFECT_API_URL": prefect_api, "PYTHONPATH": str(REPOSITORY), "HOME": str(folder)}
+    command = [sys.executable, "-m", "flows", "demo-batch", "--documents", "600", "--job", "job.yaml"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = folder.glob(".holdfast/runs/*/summary.json")
+    summary = json.loads(path.read_text())
+    assert_whole(summary, 600)
+    assert summary["interruptions"] >= 2
+    assert summary["usd_total"] == add_usd(member["usd"] for member in summary["members"])
+    assert "600 records in, 600 out, 0 failed, 0 missing, 0 duplicates" in " ".join(done.stdout.split())
+    assert "of 600 records" in done.stdout and "launched" in done.stdout
+    assert command_lines_with(str(folder)) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from holdfast.model import TrainingJob
+from holdfast.model import BatchJob, TrainingJob
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("deployments/*.md")])
@@ -23,9 +23,10 @@ def fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     return found
 
 
-def test_every_field_of_a_job_is_explained() -> None:
-    page = (REPOSITORY / "docs/jobs.md").read_text()
-    assert [name for name in fields(TrainingJob) if f"`{name}`" not in page] == []
+@pytest.mark.parametrize("job, pages", [(TrainingJob, ["jobs"]), (BatchJob, ["jobs", "batch"])])
+def test_every_field_of_a_job_is_explained(job: type[BaseModel], pages: list[str]) -> None:
+    text = "".join((REPOSITORY / f"docs/{page}.md").read_text() for page in pages)
+    assert [name for name in fields(job) if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from holdfast.ledger.batch_state import BatchState
 from holdfast.ledger.billing import round_usd
+from holdfast.ledger.fleet_state import Member
 from holdfast.ledger.fleet_summary import fleet_to_markdown, summarise_fleet
 
 
 def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done: int) -> dict[str, Any]:
     """The content of summary.json.
 
-    `usd_on_demand_equivalent`: what the machines' time would have cost on demand while their workers were busy with
-    batches; boots, idle ends and what a killed worker did last are not in it. Records are None until they were counted.
+    `usd_on_demand_equivalent`: what the same work would have cost on demand. Machines of the first round that lived to the
+    end count whole; of all others only the seconds in which their workers were busy: neither the boots of replacements nor
+    what was lost flatters the saving. Records are None until they were counted.
     """
     fleet = summarise_fleet(state)
     audit, total = state.audit, fleet["usd_total"]
     busy: dict[str, float] = audit.get("busy_seconds", {})
     equivalent = round_usd(
         sum(
-            min(busy.get(one.machine, 0.0) * state.clock_speed, one.billed_seconds)
-            / 3600
-            * one.priced.on_demand_usd_per_hour
+            _useful_seconds(one, busy, state) / 3600 * one.priced.on_demand_usd_per_hour
             for one in state.members.values()
         )
     )
@@ -38,7 +39,7 @@ def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done
         "missing": audit.get("missing"),
         "duplicates": audit.get("duplicates"),
         "batches": state.plan.get("batches"),
-        "batches_done": batches_done,
+        "batches_done": state.plan["batches"] if audit.get("whole") else batches_done,
         "batches_put_again": state.put_again,
         "batches_given_up": state.given_up,
         "results": place,
@@ -52,8 +53,25 @@ def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done
     }
 
 
+def _useful_seconds(member: Member, busy: dict[str, float], state: BatchState) -> float:
+    if member.round == 1 and member.outcome == "finished":
+        return member.billed_seconds
+    return min(busy.get(member.machine, 0.0) * state.clock_speed, member.billed_seconds)
+
+
 def _per_million(usd: float, records: int | None) -> float | None:
     return round_usd(usd * 1e6 / records) if records else None
+
+
+def batch_progress(fields: dict[str, Any]) -> str:
+    """Of an update's fields: records, their rate, machines by what became of them, dollars, and how long the rest takes."""
+    records = f"{fields['records_done']:,}"
+    total = f" of {fields['records']:,}" if fields["records"] else ""
+    rate = f", {fields['records_per_second']:,.0f}/s" if fields["records_per_second"] else ""
+    machines = ", ".join(f"{number} {name}" for name, number in fields["counts"].items() if number)
+    eta = fields["eta_seconds"]
+    left = "" if eta is None else f"  {timedelta(seconds=round(eta))} left"
+    return f"{records}{total} records{rate}  {machines or 'no machine yet'}  ${fields['usd']:.4f}{left}"
 
 
 def batch_headline(summary: dict[str, Any]) -> str:

@@ -24,3 +24,12 @@ def begin() -> None:
 
 def fail(records: list[Any]) -> list[Any]:
     raise RuntimeError("this function never works")
+
+
+def length(lines: list[str]) -> list[int]:
+    return [len(line) for line in lines]
+
+
+def characters(records: list[dict[str, Any]]) -> list[int]:
+    time.sleep(float(os.environ["BATCH_SECONDS"]))
+    return [len(record["text"]) for record in records]

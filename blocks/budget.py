@@ -20,8 +20,14 @@ class SpendingBudget(Block):
     max_usd: float = Field(gt=0, title="Dollars at most", description="Of all runs with this budget together.")
     max_machines: int = Field(8, ge=1, title="Machines at most", description="Living at the same time.")
 
+    max_machine_hours: float | None = Field(
+        None, gt=0, title="Machine hours at most", description="Of all runs with this budget together. Empty: no cap."
+    )
+
     def budget(self, name: str) -> Budget:
-        return Budget(name=name, max_usd=self.max_usd, max_machines=self.max_machines)
+        return Budget(
+            name=name, max_usd=self.max_usd, max_machines=self.max_machines, max_machine_hours=self.max_machine_hours
+        )
 
 
 def load_budget(name: str) -> Budget:

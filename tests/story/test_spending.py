@@ -52,3 +52,23 @@ def test_a_cap_is_what_a_shared_budget_sets_aside(folder: Path, store: Directory
     story_of(run)()
     assert [attempt.usd_reserved for attempt in run.state.attempts] == [0.2]
     assert summarise(run.state)["state"] == "finished"
+
+
+def test_a_cap_on_machine_hours_is_shared_and_what_was_not_used_comes_back(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [])
+    budget = Budget(name="hours", max_usd=100, max_machines=2, max_machine_hours=5)
+    run = open_run(light_job(folder, resources=SMALL, max_run_hours=4), driver, store, budget, "first")
+    ledger = BudgetLedger(store, budget)
+    ledger.reserve("another-run", 0.1, driver.clock.now(), hours=1.5)
+    with pytest.raises(OverBudgetError, match=r"'hours': 4\.00 machine hours .* of 5 0\.00 are used and 1\.50 reserved"):
+        story_of(run)()
+    with pytest.raises(ConfigError, match="raise max_machine_hours"):
+        open_run(light_job(folder, resources=SMALL, max_run_hours=4), driver, store, budget, "second")
+    assert driver.machines({}) == []
+    ledger.settle("another-run", 0.0, driver.clock.now())
+
+    run = open_run(light_job(folder, resources=SMALL, max_run_hours=4), driver, store, budget, "third")
+    story_of(run)()
+    standing = ledger.standing()
+    assert standing.spent_hours == pytest.approx(run.state.billed_seconds / 3600) and standing.spent_hours < 1
+    assert standing.reserved_hours == {} and ledger.why_too_long(4) == ""

@@ -1,4 +1,4 @@
-"""A hard cap on dollars and machines that every run of a budget shares."""
+"""A hard cap on dollars, machines and machine hours that every run of a budget shares."""
 
 from __future__ import annotations
 
@@ -56,6 +56,29 @@ def test_machines_are_capped_too(store: DirectoryStore) -> None:
         ledger.reserve("run-3", 0.01, NOW)
     ledger.settle("run-1", 0.01, NOW)
     ledger.reserve("run-3", 0.01, NOW)
+
+
+def test_machine_hours_are_capped_over_all_runs(store: DirectoryStore) -> None:
+    ledger = BudgetLedger(store, Budget(name="team", max_usd=1000, max_machines=9, max_machine_hours=10.0))
+    ledger.reserve("train", 1.0, NOW, hours=4.0)
+    ledger.reserve("fleet", 1.0, NOW, machines=3, hours=6.0)
+    assert "of 10 0.00 are used and 10.00 reserved" in ledger.why_too_long(0.5)
+    with pytest.raises(OverBudgetError, match=r"'team': 0\.50 machine hours .* raise max_machine_hours"):
+        ledger.reserve("other", 1.0, NOW, hours=0.5)
+    ledger.settle("fleet", 0.7, NOW, hours=2.5)
+    assert ledger.why_too_long(3.5) == ""
+    ledger.reserve("other", 1.0, NOW, hours=3.5)
+    assert ledger.standing().committed_hours == 10.0
+    with pytest.raises(OverBudgetError, match=r"of 10 2\.50 are used and 7\.50 reserved"):
+        ledger.reserve("train", 1.0, NOW, hours=4.1)  # the same token for more: its own counts once
+    ledger.reserve("train", 1.0, NOW, hours=4.0)
+
+
+def test_without_a_cap_on_hours_they_are_counted_all_the_same(store: DirectoryStore) -> None:
+    BudgetLedger(store, TEN).reserve("run-1", 1.0, NOW, hours=500.0)
+    BudgetLedger(store, TEN).settle("run-1", 0.5, NOW, hours=2.0)
+    capped = BudgetLedger(store, Budget(name="team", max_usd=10.0, max_machines=3, max_machine_hours=2.5))
+    assert capped.why_too_long(0.5) == "" and capped.why_too_long(0.6) != ""
 
 
 def test_reserving_and_settling_again_changes_nothing(store: DirectoryStore) -> None:

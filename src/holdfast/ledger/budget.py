@@ -1,4 +1,4 @@
-"""A hard cap on dollars and machines that every run of a budget shares. It holds by conditional writes alone."""
+"""A hard cap on dollars, machines and machine hours that every run of a budget shares. It holds by conditional writes alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Budget:
     max_usd: float
     """For all runs of this budget together: spent and reserved."""
     max_machines: int
+    max_machine_hours: float | None = None
+    """For all runs together, as `max_usd`; None: no cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,10 @@ class Standing:
     """By token, of machines that may live."""
     fleets: dict[str, int] = field(default_factory=dict)
     """By token, where it stands for more machines than one: how many."""
+    spent_hours: float = 0.0
+    """Machine hours."""
+    reserved_hours: dict[str, float] = field(default_factory=dict)
+    """By token."""
 
     @property
     def machines(self) -> int:
@@ -35,6 +41,10 @@ class Standing:
     @property
     def committed_usd(self) -> float:
         return add_usd([self.spent_usd, *self.reserved_usd.values()])
+
+    @property
+    def committed_hours(self) -> float:
+        return self.spent_hours + sum(self.reserved_hours.values())
 
 
 class BudgetLedger:
@@ -46,8 +56,12 @@ class BudgetLedger:
     def standing(self) -> Standing:
         return _standing(self._journal.read())
 
-    def reserve(self, token: str, usd: float, now: datetime, machines: int = 1) -> None:
-        """Set `usd` aside for the machines of `token`; once, however often it is asked.
+    def why_too_long(self, hours: float) -> str:
+        """Words when so many machine hours would pass the cap now; empty when they would not. Raises TransientError."""
+        return _why_too_long(self._budget, self.standing(), hours)
+
+    def reserve(self, token: str, usd: float, now: datetime, machines: int = 1, hours: float = 0.0) -> None:
+        """Set `usd` and `hours` of machines aside for `token`; once, however often it is asked.
 
         A fleet may ask for more later: then this is what it has in all. Raises OverBudgetError.
         """
@@ -55,7 +69,8 @@ class BudgetLedger:
         def decide(entries: list[Entry]) -> tuple[str, datetime, dict[str, Any]] | None:
             standing = _standing(entries)
             had = standing.reserved_usd.get(token)
-            if had is not None and had >= usd:
+            had_hours = standing.reserved_hours.get(token, 0.0)
+            if had is not None and had >= usd and had_hours >= hours:
                 return None
             cap = self._budget
             of_others = standing.committed_usd - (had or 0.0)
@@ -66,38 +81,58 @@ class BudgetLedger:
                     f"${standing.spent_usd:.2f} is spent and ${add_usd(standing.reserved_usd.values()):.2f} reserved; "
                     "raise max_usd, or lower the job's max_run_hours"
                 )
+            if why := _why_too_long(cap, standing, hours, had_hours):
+                raise OverBudgetError(why)
             if had is None and standing.machines + machines > cap.max_machines:
                 too_many = "which is max_machines" if machines == 1 else f"{machines} more would pass max_machines"
                 raise OverBudgetError(
                     f"budget {cap.name!r}: {standing.machines} machines live, {too_many}"
                     f"{'' if machines == 1 else f', {cap.max_machines}'}; wait for one to end, or raise it"
                 )
-            return "reserved", now, {"token": token, "usd": usd} | ({} if machines == 1 else {"machines": machines})
+            more = {"machines": machines} if machines != 1 else {}
+            more |= {"hours": max(hours, had_hours)} if hours or had_hours else {}
+            return "reserved", now, {"token": token, "usd": max(usd, had or 0.0), **more}
 
         self._journal.append_if(decide)
 
-    def settle(self, token: str, usd: float, now: datetime) -> None:
-        """Replace the reservation of `token` by what it cost; once, however often it is asked."""
+    def settle(self, token: str, usd: float, now: datetime, hours: float = 0.0) -> None:
+        """Replace the reservation of `token` by what it cost and took; once, however often it is asked."""
 
         def decide(entries: list[Entry]) -> tuple[str, datetime, dict[str, Any]] | None:
             if token not in _standing(entries).reserved_usd:
                 return None
-            return "settled", now, {"token": token, "usd": usd}
+            return "settled", now, {"token": token, "usd": usd} | ({"hours": hours} if hours else {})
 
         self._journal.append_if(decide)
+
+
+def _why_too_long(cap: Budget, standing: Standing, hours: float, had: float = 0.0) -> str:
+    if cap.max_machine_hours is None or standing.committed_hours - had + hours <= cap.max_machine_hours + 1e-6:
+        return ""
+    return (
+        f"budget {cap.name!r}: {hours:.2f} machine hours are the worst case of what comes next, but of "
+        f"{cap.max_machine_hours:g} {standing.spent_hours:.2f} are used and {sum(standing.reserved_hours.values()):.2f} "
+        "reserved; raise max_machine_hours, or lower the job's max_run_hours"
+    )
 
 
 def _standing(entries: list[Entry]) -> Standing:
     spent: list[float] = []
     reserved: dict[str, float] = {}
     fleets: dict[str, int] = {}
+    spent_hours: list[float] = []
+    reserved_hours: dict[str, float] = {}
     for entry in entries:
         token, usd = entry.fields["token"], entry.fields["usd"]
         if entry.kind == "reserved":
             reserved[token] = usd
             if "machines" in entry.fields:
                 fleets[token] = entry.fields["machines"]
+            if "hours" in entry.fields:
+                reserved_hours[token] = entry.fields["hours"]
         elif reserved.pop(token, None) is not None:
             fleets.pop(token, None)
+            reserved_hours.pop(token, None)
             spent.append(usd)
-    return Standing(add_usd(spent), reserved, fleets)
+            spent_hours.append(entry.fields.get("hours", 0.0))
+    return Standing(add_usd(spent), reserved, fleets, sum(spent_hours), reserved_hours)

@@ -156,6 +156,10 @@ class FleetState:
     def usd_of_opening(self, opening: int) -> float:
         return add_usd(member.usd for member in self.members.values() if member.opening == opening)
 
+    def hours_of_opening(self, opening: int) -> float:
+        """Machine hours that were billed."""
+        return sum(member.billed_seconds for member in self.members.values() if member.opening == opening) / 3600
+
 
 def read_fleet_state(run_id: str, entries: Iterable[Entry]) -> FleetState:
     """Fold the journal. The same entries give the same state, whoever asks and when."""

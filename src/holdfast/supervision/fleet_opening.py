@@ -58,7 +58,10 @@ def _refuse_what_can_not_begin(run: FleetRun, budget: Budget | None) -> None:
         return
     dearest = max(offer.on_demand_usd_per_hour for offer in decision.offers)
     worst = run.within_cap(dearest * job.max_run_hours)
-    standing = BudgetLedger(run.store, budget).standing()
+    ledger = BudgetLedger(run.store, budget)
+    if why := ledger.why_too_long(job.max_run_hours):
+        raise ConfigError(why)
+    standing = ledger.standing()
     left = budget.max_usd - standing.committed_usd
     if worst > left + 1e-9:
         raise ConfigError(

@@ -226,7 +226,8 @@ class FleetRun(Run[FleetState]):
         if usd > state.reserved.get(state.opening, ("", -1.0))[1]:
             if self._budget:
                 now = self.driver.clock.now()
-                self._budget.reserve(self._budget_token(state.opening), usd, now, self.most_machines)
+                hours = state.hours_of_opening(state.opening) + hours_left
+                self._budget.reserve(self._budget_token(state.opening), usd, now, self.most_machines, hours)
             self._append("fleet-reserved", usd_reserved=usd, budget=self._budget.name if self._budget else "")
         if launch.fell_back:
             self._append("fallback", reason=launch.reason)
@@ -466,7 +467,8 @@ class FleetRun(Run[FleetState]):
             if budget and (closing or opening < state.opening or state.state != "running"):
                 # It may have been reserved from another budget than today's.
                 ledger = BudgetLedger(self.store, Budget(name=budget, max_usd=0, max_machines=0))
-                ledger.settle(self._budget_token(opening), state.usd_of_opening(opening), now)
+                hours = state.hours_of_opening(opening)
+                ledger.settle(self._budget_token(opening), state.usd_of_opening(opening), now, hours)
         if closing and self._budget and state.opening not in state.reserved:
             # Reserved, but it never came into the journal: no machine was asked for.
             self._budget.settle(self._budget_token(state.opening), 0.0, now)

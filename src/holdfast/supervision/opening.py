@@ -80,7 +80,10 @@ def _refuse_small_budget(run: TrainingRun, budget: Budget | None) -> None:
         raise ConfigError(f"max_usd: {error}") from error
     if budget is None:
         return
-    left = budget.max_usd - BudgetLedger(run.store, budget).standing().committed_usd
+    ledger = BudgetLedger(run.store, budget)
+    if why := ledger.why_too_long(run.job.max_run_hours):
+        raise ConfigError(why)
+    left = budget.max_usd - ledger.standing().committed_usd
     if worst > left + 1e-9:
         raise ConfigError(
             f"budget {budget.name!r}: ${left:.2f} is left of max_usd {budget.max_usd:.2f}, but the first attempt may cost "

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from holdfast.checkpoint.planner import WINDOWS_SECONDS
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.drivers.protocol import Driver, LaunchRequest, Machine, Offer, PricePoint
 from holdfast.drivers.several import SomeOffers
@@ -202,7 +203,8 @@ class TrainingRun(Run[RunState]):
         usd = worst_case_usd(self.job, state, launch.offer)
         number = len(state.attempts) + 1
         if self._budget:
-            self._budget.reserve(self._token(number), usd, self.driver.clock.now())
+            hours = self.job.max_run_hours - state.billed_seconds / 3600
+            self._budget.reserve(self._token(number), usd, self.driver.clock.now(), hours=hours)
         if launch.fell_back:
             self._append("fallback", reason=launch.reason)
         self._append(
@@ -212,6 +214,7 @@ class TrainingRun(Run[RunState]):
             usd_per_hour=launch.offer.usd_per_hour,
             on_demand_usd_per_hour=launch.offer.on_demand_usd_per_hour,
             interruptions_per_hour=launch.offer.interruptions_per_hour,
+            hazards=self._market.hazards(launch.offer),
             usd_reserved=usd,
             budget=self._budget.name if self._budget else "",
             reason=launch.reason,
@@ -326,7 +329,8 @@ class TrainingRun(Run[RunState]):
         now = self.driver.clock.now()
         for attempt in self.state.attempts:
             if attempt.budget and attempt.outcome:  # it may have been reserved from another budget than today's
-                self._ledger(attempt.budget).settle(self._token(attempt.number), attempt.usd, now)
+                hours = attempt.billed_seconds / 3600
+                self._ledger(attempt.budget).settle(self._token(attempt.number), attempt.usd, now, hours)
         if closing and self._budget and not self.state.open_attempt:
             # Reserved, but the attempt never came into the journal: no machine was asked for.
             self._budget.settle(self._token(len(self.state.attempts) + 1), 0.0, now)
@@ -494,6 +498,8 @@ class TrainingRun(Run[RunState]):
             max_to_keep=self.job.checkpointing.max_to_keep,
             compression=self.job.checkpointing.compression,
             mean_seconds_between_preemptions=3600 / rate if rate else None,
+            hazards=attempt.hazards,
+            notice_seconds=WINDOWS_SECONDS["AWS" if attempt.pool.cloud == "aws" else "GCP"],
         )
 
 

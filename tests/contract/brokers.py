@@ -99,9 +99,11 @@ class SqsEmulator(S3Emulator):
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: set[str] = set()
         served = self._server.app
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+            self.calls.add(environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2])
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = re.sub(rb'"WaitTimeSeconds": *\d+', b'"WaitTimeSeconds":0', body)
             environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}

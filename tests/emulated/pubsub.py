@@ -48,6 +48,7 @@ class PubSubEmulator:
         self._topics: set[str] = set()
         self._lines: dict[str, Line] = {}
         self._numbers = itertools.count(1)
+        self.calls: set[str] = set()
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(64))
         publisher = {
@@ -61,7 +62,7 @@ class PubSubEmulator:
             "ModifyAckDeadline": (types.ModifyAckDeadlineRequest, self._modify),
         }
         for service, methods in (("Publisher", publisher), ("Subscriber", subscriber)):
-            handlers = {name: _handler(type_, act) for name, (type_, act) in methods.items()}
+            handlers = {name: self._handler(name, type_, act) for name, (type_, act) in methods.items()}
             self._server.add_generic_rpc_handlers(
                 (grpc.method_handlers_generic_handler(f"google.pubsub.v1.{service}", handlers),)
             )
@@ -148,15 +149,15 @@ class PubSubEmulator:
             raise Refused(grpc.StatusCode.NOT_FOUND, name)
         return self._lines[name]
 
+    def _handler(self, name: str, type_: Any, act: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
+        def serve(request: Any, context: grpc.ServicerContext) -> Any:
+            self.calls.add(name)
+            try:
+                return act(request, context)
+            except Refused as refused:
+                context.abort(refused.code, str(refused))
 
-def _handler(type_: Any, act: Callable[[Any, Any], Any]) -> grpc.RpcMethodHandler:
-    def serve(request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return act(request, context)
-        except Refused as refused:
-            context.abort(refused.code, str(refused))
+        def serialize(answer: Any) -> bytes:
+            return answer.SerializeToString() if isinstance(answer, Empty) else type(answer).serialize(answer)
 
-    def serialize(answer: Any) -> bytes:
-        return answer.SerializeToString() if isinstance(answer, Empty) else type(answer).serialize(answer)
-
-    return grpc.unary_unary_rpc_method_handler(serve, type_.deserialize, serialize)
+        return grpc.unary_unary_rpc_method_handler(serve, type_.deserialize, serialize)

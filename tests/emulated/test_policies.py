@@ -13,14 +13,17 @@ import yaml
 
 from holdfast.drivers.protocol import CapacityPool, Driver, FleetRequest, LaunchRequest
 from holdfast.model import ServeJob
+from holdfast.queues import Lease, open_queue
 from holdfast.serving.balancer import Endpoint
 from holdfast.serving.opening import open_balancer
 from holdfast.storage import open_store
+from tests.contract.brokers import SqsEmulator
 from tests.contract.machines import ended, wait_for
 from tests.emulated.aws import AwsEmulator
 from tests.emulated.balancers import make_target_group
 from tests.emulated.gce import PERMISSIONS, GceEmulator
 from tests.emulated.object_stores import S3Emulator
+from tests.emulated.pubsub import PubSubEmulator
 from tests.emulated.wire import Wire
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
@@ -40,6 +43,15 @@ WITHOUT_A_CALL_OF_THEIR_OWN = {
     "servicequotas:GetServiceQuota",
     "autoscaling:DescribeScalingActivities",  # why a maintained fleet's first members do not come
 }
+RIGHTS_OF_PUBSUB_CALL = {
+    "CreateTopic": ["pubsub.topics.create"],
+    "Publish": ["pubsub.topics.publish"],
+    "CreateSubscription": ["pubsub.subscriptions.create", "pubsub.topics.attachSubscription"],
+    "Pull": ["pubsub.subscriptions.consume"],
+    "Acknowledge": ["pubsub.subscriptions.consume"],
+    "ModifyAckDeadline": ["pubsub.subscriptions.consume"],
+}
+"""Source: https://docs.cloud.google.com/pubsub/docs/access-control"""
 IN_RARE_CASES_ON_GCP = {
     "compute.images.get",  # an image named by its name, not by its family
     "compute.instances.setDeletionProtection",  # somebody has protected a machine
@@ -171,6 +183,36 @@ def test_the_orchestrator_s_role_grants_what_is_called_on_gcp_and_no_more(tmp_pa
     rights = set(yaml.safe_load((DEPLOYMENTS / "gcp-role.yaml").read_text())["includedPermissions"])
     assert needed - rights == set(), "needed, but not granted"
     assert rights - needed - IN_RARE_CASES_ON_GCP == set(), "granted, but never needed"
+
+
+def use_queue(url: str, credentials: Any = None) -> None:
+    """Every verb."""
+    queue = open_queue(url, "policies", credentials=credentials)
+    queue.put([b"one", b"two", b"three"])
+    leases: list[Lease] = []
+    wait_for(lambda: len(leases.extend(queue.lease(3 - len(leases))) or leases) == 3, 60)
+    first, second, third = leases
+    queue.extend([first, second])
+    queue.acknowledge([first])
+    queue.hand_back([second])
+    queue.dead_letter(third, "no good")
+    assert len(queue.dead()) == 1
+    queue.depth()
+    queue.close()
+
+
+def test_the_queues_policy_grants_what_is_called_on_sqs_and_no_more() -> None:
+    with SqsEmulator() as sqs:
+        use_queue(f"sqs://us-east-1/?endpoint={sqs.endpoint}", sqs.session())
+    # What a batch call needs is the right to the single one.
+    assert granted("aws-queue-policy.json") == {f"sqs:{call.removesuffix('Batch')}" for call in sqs.calls}
+
+
+def test_the_queues_role_grants_what_is_called_on_pubsub_and_no_more() -> None:
+    with PubSubEmulator() as pubsub:
+        use_queue(f"pubsub://holdfast-test/?endpoint=http://127.0.0.1:{pubsub.port}")
+    role = yaml.safe_load((DEPLOYMENTS / "gcp-queue-role.yaml").read_text())
+    assert set(role["includedPermissions"]) == {right for call in pubsub.calls for right in RIGHTS_OF_PUBSUB_CALL[call]}
 
 
 def test_reading_the_bill_is_granted_by_itself_and_nothing_else() -> None:

@@ -40,7 +40,7 @@ MOST_ATTEMPTS = 100
 LOOK_SECONDS, LOOK_AGAIN_SECONDS = 30, 0.5
 DELIVERED, REASON = "holdfast-deliveries", "holdfast-reason"
 EMULATOR = "PUBSUB_EMULATOR_HOST"
-ROLE = "roles/pubsub.editor"
+ROLE = "deployments/gcp-queue-role.yaml"
 S, T = TypeVar("S"), TypeVar("T")
 
 
@@ -261,7 +261,7 @@ class PubSubQueue:
         except no_credentials.TransportError as error:
             raise TransientError(f"queue {self.url}: no credentials yet: {error}") from error
         except refusals.Forbidden as error:
-            raise ConfigError(f"queue {self.url}: Pub/Sub: {error}; needed in the project: {ROLE}") from error
+            raise ConfigError(f"queue {self.url}: Pub/Sub: {error}; what is needed stands in {ROLE}") from error
         except refusals.GoogleAPICallError as error:
             raise ConfigError(f"queue {self.url}: Pub/Sub refuses: {error}") from error
 

@@ -1,4 +1,4 @@
-"""`redis://HOST/` and `rediss://HOST/`: a server of Redis 6.2 or newer, or Valkey.
+"""`redis://HOST/` and `rediss://HOST/`: a server of Redis 5 or newer, or Valkey.
 
 Four keys a queue: who is due when (a sorted set: waiting items below zero in the order they were put, leased ones at the
 instant their lease ends), bodies, claims, and the dead. Every verb is one script, so no worker sees another's half-way,
@@ -145,7 +145,9 @@ class RedisQueue:
         """Is it there, does it let us in, and does it keep what it is given?"""
         version = str(self._client.info("server").get("redis_version", "0"))
         if version.startswith(("1.", "2.", "3.", "4.")):
-            raise ConfigError(f"queue {self.url}: Redis {version} is too old, its scripts can't tell the time; use 6.2")
+            raise ConfigError(
+                f"queue {self.url}: Redis {version} is too old, its scripts can't tell the time; use 5 or newer"
+            )
         try:
             policy = self._client.config_get("maxmemory-policy").get("maxmemory-policy", "noeviction")
             kept = self._client.config_get("appendonly").get("appendonly", "yes")

@@ -39,7 +39,7 @@ LOOK_SECONDS = 30
 DELIVERED = "deliveries"
 BASE64 = "base64:"
 CALLERS = 8
-ACTIONS = "sqs:CreateQueue, GetQueueUrl, GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage, ChangeMessageVisibility"
+POLICY = "deployments/aws-queue-policy.json"
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 WRONG_KEYS = {"InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 GONE = {"QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue"}
@@ -265,7 +265,7 @@ class SqsQueue:
                 raise TransientError(said) from error
             if code in WRONG_KEYS:
                 raise ConfigError(f"{said}; give it the keys, profile or role of an account that exists") from error
-            raise ConfigError(f"{said}; needed on {self._name}*: {ACTIONS}") from error
+            raise ConfigError(f"{said}; what is needed stands in {POLICY}") from error
         except (refusals.NoCredentialsError, refusals.PartialCredentialsError, refusals.ProfileNotFound) as error:
             raise ConfigError(
                 f"queue {self.url}: {error}; set AWS_PROFILE or keys, or give the machine a role"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -124,3 +126,19 @@ def test_a_recommendation_changes_nothing(tmp_path):
 
     assert during(worker, act) == 0
     assert finish(run.store, PREFIX).records_out == 2
+
+
+def test_a_machine_that_is_taken_while_its_model_starts_is_no_failure_of_the_function(tmp_path: Path) -> None:
+    run = a_run(tmp_path, [0.1])
+    worker = a_worker(run, tmp_path)
+
+    def signal_the_group() -> None:
+        give_up_at = time.monotonic() + DEADLINE_SECONDS
+        while not hasattr(worker, "_model"):
+            assert time.monotonic() < give_up_at
+            time.sleep(0.001)
+        worker.hear_sigterm()
+        os.kill(worker._model.pid, signal.SIGTERM)
+
+    assert during(worker, signal_the_group) == EXIT_PREEMPTED_COMMITTED
+    assert run.waiting() == 1

@@ -184,7 +184,8 @@ class Worker:
                 self.progress.phase = "working"
                 self._worked_at = time.monotonic()
             case ("dead", model):
-                if model is self._model:
+                # The signal goes to the whole group, and a model that is still starting does not ignore it yet.
+                if model is self._model and self._leave_by is None and not self._sigterm_at:
                     self._restart()
             case ("drop", task):
                 self._fetching.pop(task.number, None)

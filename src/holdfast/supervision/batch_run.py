@@ -62,6 +62,8 @@ class Tally:
     waiting: int
     leased: int
     dead: int
+    approximate: bool = False
+    """The broker counts late, or not all: RabbitMQ and Pub/Sub tell nobody what others have leased."""
 
     @property
     def left(self) -> int:
@@ -185,14 +187,16 @@ class BatchRun(FleetRun):
     def look(self) -> Tally:
         """Raises TransientError when store or broker does not answer."""
         depth = self.queue.depth()
+        batches, done = self.state.plan["batches"], self._count_finished()
         self.tally = Tally(
-            batches=self.state.plan["batches"],
-            done=self._count_finished(),
-            waiting=depth.waiting,
+            batches=batches,
+            done=done,
+            waiting=min(depth.waiting, batches - done),  # Pub/Sub knows only what we put
             leased=depth.leased,
             dead=depth.dead,
+            approximate=depth.approximate,
         )
-        if depth.waiting and len(self.state.living) < self.job.machines:
+        if self.tally.waiting and len(self.state.living) < self.job.machines:
             self._see_who_has_begun()
         return self.tally
 

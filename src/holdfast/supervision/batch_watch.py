@@ -85,7 +85,10 @@ class BatchWatch(FleetWatch):
             return
         now = time.monotonic()
         self.nothing_since = self.nothing_since or now
-        if now - self.nothing_since < (ABANDONED_WALL_SECONDS if nobody else LOST_WALL_SECONDS):
+        patience = LOST_WALL_SECONDS
+        if tally.approximate:  # others may have leases that we don't see, for so long
+            patience += run.job.visibility_seconds + run.job.batch_time_limit_seconds
+        if now - self.nothing_since < (ABANDONED_WALL_SECONDS if nobody else patience):
             return
         self.nothing_since = None
         why = "no machine lives that had them" if nobody else "the queue has lost them"

@@ -16,8 +16,8 @@ from holdfast.market.reconciliation import (
     Reconciliation,
     Tolerance,
     known_runs,
-    ledger_usd,
     tag_on_bill,
+    told_by_ledger,
     whole_days,
 )
 from holdfast.runtime.contract import store_tag
@@ -33,7 +33,7 @@ def reconcile_with(access: BillAccess, store: ObjectStore, url: str, days: int, 
     now = datetime.now(UTC)
     start, end = whole_days(now, days)
     bill = read_bill(url, Asked(start=start, end=end, store=store_tag(store.url)), access.session, access.bigquery)
-    ledger = ledger_usd(History(store).lives(start), bill.cloud, start, end)
+    ledger = told_by_ledger(History(store).lives(start), bill.cloud, start, end)
     tags = {line.tag for line in bill.lines} | {tag_on_bill(bill.cloud, run) for run in ledger}
     return Reconciler(bill=bill, start=start, end=end, now=now, tolerance=tolerance).against(
         ledger, known_runs(store, tags, bill.cloud)

@@ -14,11 +14,12 @@ from holdfast.market.reconciliation import (
     Known,
     Reconciler,
     Reconciliation,
+    Told,
     Tolerance,
     known_runs,
-    ledger_usd,
     tag_on_bill,
     to_markdown,
+    told_by_ledger,
     whole_days,
 )
 from holdfast.runtime.contract import journal_prefix
@@ -34,7 +35,8 @@ def bill(*lines: BillLine, cloud="aws", reaches: datetime | None = END) -> Bill:
 
 
 def held(ledger: dict[str, float], found: Bill, known: dict[str, Known] | None = None, now=LATER) -> Reconciliation:
-    return Reconciler(bill=found, start=START, end=END, now=now).against(ledger, OVER if known is None else known)
+    told = {run: Told(usd, END - timedelta(hours=1)) for run, usd in ledger.items()}
+    return Reconciler(bill=found, start=START, end=END, now=now).against(told, OVER if known is None else known)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,8 @@ def test_a_run_that_is_not_over_may_cost_more_than_the_ledger_has_counted_yet():
         (END + timedelta(hours=10), END, "not on the bill yet"),
         (LATER, END - timedelta(days=2), "not on the bill yet"),
         (LATER, END, "not on the bill"),
+        (END + timedelta(days=10), END - timedelta(days=2), "not on the bill"),
+        (END + timedelta(days=10), None, "not on the bill"),
     ],
 )
 def test_what_the_bill_lacks_is_late_or_missing(now, reaches, verdict):
@@ -127,7 +131,10 @@ def test_a_machine_that_ran_across_the_edge_counts_by_its_hours():
         life("c", None, 0, 0.0),
         life("d", END, 1, 1.0),
     ]
-    assert ledger_usd(lives, "aws", START, END) == {"a": 4.0, "b": 1.0}
+    assert told_by_ledger(lives, "aws", START, END) == {
+        "a": Told(4.0, END),
+        "b": Told(1.0, START + timedelta(hours=5)),
+    }
 
 
 def test_the_days_looked_at_are_whole_and_over_for_two_days():

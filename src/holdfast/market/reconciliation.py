@@ -20,6 +20,8 @@ from holdfast.storage import ObjectStore
 SETTLED_HOURS = 48.0
 """After which both clouds say that usage is on the bill: AWS within 24 h mostly, GCP within a day, neither for certain."""
 DAY = timedelta(days=1)
+MUCH_TOO_LATE = timedelta(days=7)
+"""No bill is so late."""
 
 Verdict = Literal["agrees", "differs", "running", "not on the bill yet", "not on the bill", "unknown to the ledger"]
 ALARMING: frozenset[str] = frozenset({"differs", "not on the bill", "unknown to the ledger"})
@@ -87,9 +89,19 @@ class Reconciliation:
         return f"{said}; {len(bad)} need a look, the first {worst.run} (${worst.difference_usd:+.2f}, {worst.verdict})"
 
 
-def ledger_usd(lives: Iterable[Life], cloud: str, start: datetime, end: datetime) -> dict[str, float]:
-    """Dollars by run of what its machines cost within the time. A life across the edge counts by its share of seconds."""
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the ledger says of one run."""
+
+    usd: float
+    until: datetime
+    """The end of the last second that is in it."""
+
+
+def told_by_ledger(lives: Iterable[Life], cloud: str, start: datetime, end: datetime) -> dict[str, Told]:
+    """What machines cost within the time, by run. A life across the edge counts by its share of seconds."""
     amounts: dict[str, list[float]] = defaultdict(list)
+    until: dict[str, datetime] = {}
     for life in lives:
         if life.pool.cloud != cloud or life.launched_at is None:
             continue
@@ -98,7 +110,8 @@ def ledger_usd(lives: Iterable[Life], cloud: str, start: datetime, end: datetime
         if ended > began or start <= life.launched_at == life.ended_at < end:
             share = (ended - began).total_seconds() / seconds if seconds > 0 else 1.0
             amounts[life.run].append(round_usd(life.usd * share))
-    return {run: add_usd(of) for run, of in amounts.items()}
+            until[life.run] = max(ended, until.get(life.run, ended))
+    return {run: Told(add_usd(of), until[run]) for run, of in amounts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +150,8 @@ class Reconciler:
     now: datetime
     tolerance: Tolerance = field(default_factory=Tolerance)
 
-    def against(self, ledger: Mapping[str, float], known: Mapping[str, Known]) -> Reconciliation:
-        """`ledger`: dollars by run; `known`: what the store knows, by tag."""
+    def against(self, ledger: Mapping[str, Told], known: Mapping[str, Known]) -> Reconciliation:
+        """`ledger`: by run; `known`: what the store knows, by tag."""
         lines = {line.tag: line for line in self.bill.lines}
         runs = {tag_on_bill(self.bill.cloud, run): run for run in ledger}
         found = []
@@ -146,7 +159,8 @@ class Reconciler:
             journal = known.get(tag)
             run = runs.get(tag) or (journal.run if journal else tag)
             line = lines.get(tag, BillLine(tag=tag))
-            told, billed = ledger.get(run, 0.0), round_usd(line.machines_usd)
+            of_run = ledger.get(run, Told(0.0, self.start))
+            told, billed = of_run.usd, round_usd(line.machines_usd)
             if run not in ledger and not journal:
                 verdict, why = self._of_a_stranger(line)
             elif self.tolerance.allows(told, billed):
@@ -154,7 +168,7 @@ class Reconciler:
             elif journal and not journal.over:
                 verdict, why = "running", "the run is not over: the ledger counts a machine when it has ended"
             else:
-                verdict, why = self._of_a_difference(told, billed, tag in lines)
+                verdict, why = self._of_a_difference(of_run, billed, tag in lines)
             found.append(
                 Difference(
                     run=run,
@@ -180,14 +194,15 @@ class Reconciler:
             f"{RUN_TAG}={line.tag} in the console; or the run's folder was deleted"
         )
 
-    def _of_a_difference(self, told: float, billed: float, on_it: bool) -> tuple[Verdict, str]:
-        reaches, aws = self.bill.reaches, self.bill.cloud == "aws"
-        if billed > told:
+    def _of_a_difference(self, told: Told, billed: float, on_it: bool) -> tuple[Verdict, str]:
+        reaches, aws, age = self.bill.reaches, self.bill.cloud == "aws", self.now - told.until
+        if billed > told.usd:
             return "differs", (
                 "the bill is higher: a machine that lived longer than the ledger knows (look for one that is still there), "
                 "a price list that is older than the prices, or an image with a licence"
             )
-        if self.now - self.end < timedelta(hours=SETTLED_HOURS) or (reaches and reaches <= self.end - DAY):
+        # What the bill reaches is known by this store's runs alone: of a quiet week it says nothing.
+        if age < timedelta(hours=SETTLED_HOURS) or (age < MUCH_TOO_LATE and (reaches is None or reaches < told.until)):
             reached = f", and reaches {reaches:%Y-%m-%d %H:%M} UTC now" if reaches else ""
             return "not on the bill yet", f"the bill is up to {SETTLED_HOURS:.0f} h late{reached}"
         if not on_it:

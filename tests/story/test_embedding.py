@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,15 @@ EXAMPLES = Path(embed.__file__).parent
 
 
 def test_every_document_has_a_name_of_its_own_and_something_to_say():
-    found = list(documents.documents())
-    assert len(found) > 4000 and len({one["id"] for one in found}) == len(found)
+    found = list(islice(documents.documents(), 1000))
+    assert len({one["id"] for one in found}) == 1000
     assert min(len(one["text"]) for one in found) >= documents.SHORTEST_CHARACTERS
 
 
 def test_a_worker_embeds_documents_as_a_plain_loop_does_and_by_what_they_mean(tmp_path):
     job = load_batch_job(EXAMPLES / "embed.yaml")
     assert (job.inputs, job.code) == ([str(EXAMPLES / "documents.jsonl")], str(EXAMPLES))
-    known = [one for _, one in zip(range(400), documents.documents(), strict=False)]
-    chosen = sorted(known, key=lambda one: len(one["text"]))[:40]
+    chosen = sorted(islice(documents.documents(), 400), key=lambda one: len(one["text"]))[:40]
     source = write_jsonl(tmp_path / "documents.jsonl", chosen)
     run = BatchRun(
         tmp_path,

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 import requests
+from botocore.stub import Stubber
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from google.auth.credentials import AnonymousCredentials
@@ -21,7 +22,7 @@ from prefect_gcp import GcpCredentials
 from blocks import AwsAccount, GcpAccount
 from holdfast.drivers.gcp.names import labels_of
 from holdfast.drivers.protocol import CapacityPool
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, CredentialsError, TransientError
 from holdfast.ledger.journal import Journal
 from holdfast.market.billing_export import read_billing_export
 from holdfast.market.bills import Asked, Bill, BillLine, read_bill
@@ -87,6 +88,47 @@ def test_cost_explorer_is_asked_by_tag_for_usage_and_for_what_is_taken_off(s3: S
     assert bill.reaches == START + timedelta(days=4)
     assert len(asked) == 2  # a cent each
     assert all({"Type": "TAG", "Key": "holdfast-run"} in one["GroupBy"] for one in asked)
+
+
+def stubbed(*answers: dict[str, Any] | str) -> Any:
+    """boto3's client, which gets these answers, or errors by their codes, in this order."""
+    client = boto3.client("ce", region_name="us-east-1", aws_access_key_id="A", aws_secret_access_key="S")
+    stubber = Stubber(client)
+    for answer in answers:
+        if isinstance(answer, str):
+            stubber.add_client_error("get_cost_and_usage", answer, "the cloud's own words")
+        else:
+            stubber.add_response("get_cost_and_usage", answer)
+    stubber.activate()
+    return client
+
+
+def page(usd: str, more: str = "", unit: str = "USD") -> dict[str, Any]:
+    metrics = {"UnblendedCost": {"Amount": usd, "Unit": unit}}
+    group = {"Keys": ["holdfast-run$night-3", "Amazon Elastic Compute Cloud - Compute"], "Metrics": metrics}
+    days = [{"TimePeriod": {"Start": "2026-11-02", "End": "2026-11-03"}, "Groups": [group]}]
+    return {"ResultsByTime": days} | ({"NextPageToken": more} if more else {})
+
+
+def test_every_page_of_cost_explorer_counts():
+    bill = read_cost_explorer(stubbed(page("1.5", "more"), page("0.25"), {"ResultsByTime": []}), ASKED)
+    assert bill.lines == (BillLine(tag="night-3", machines_usd=1.75),)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        ("AccessDeniedException", ConfigError, "deployments/aws-billing-policy.json"),
+        ("ExpiredTokenException", CredentialsError, "renew them"),
+        ("DataUnavailableException", TransientError, "a day after it was switched on"),
+        ("ValidationException", ConfigError, "activate the tags"),
+        ("LimitExceededException", TransientError, "LimitExceededException"),
+        (page("1.0", unit="CNY"), ConfigError, "bills in 'CNY'"),
+    ],
+)
+def test_what_cost_explorer_refuses_is_told_with_its_remedy(answer: Any, error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        read_cost_explorer(stubbed(answer), ASKED)
 
 
 def test_a_usage_report_is_read_from_s3(s3: S3Emulator):

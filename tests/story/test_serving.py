@@ -7,6 +7,7 @@ more of them and shows its figures.
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -35,6 +36,7 @@ from holdfast.errors import ProgramFailedError
 from holdfast.ledger.billing import add_usd
 from holdfast.model import Haproxy, Resources, ServeJob
 from holdfast.serving.connections import free_port
+from holdfast.serving.haproxy import own_haproxies
 from holdfast.serving.opening import open_balancer
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.serve_opening import open_serve_run
@@ -327,6 +329,10 @@ def test_a_request_in_flight_at_the_notice_is_finished_before_the_server_is_stop
         served.wait_for(lambda: served.run.state.members[victim].outcome)
         ended = served.run.state.members[victim]
         assert ended.outcome == "preempted" and ended.terminated_at
+        haproxy = next(one for one in own_haproxies() if one.store_url == store.url)
+        os.kill(json.loads(haproxy.record.read_text())["process"]["pid"], signal.SIGKILL)
+        with Load(served.url) as load:  # it is started again, and told of the replicas anew
+            served.wait_for(lambda: load.answers.total())
         # With its last request done there was nothing to wait for: neither for the drain's end nor for the notice's.
         assert ended.terminated_at - told_at < timedelta(seconds=150)
 

@@ -105,6 +105,9 @@ class HaproxyBalancer:
         if not self._is_ours or self._answers():
             return
         folder = Path(self._socket).parent
+        process = _process_of(folder / f"{self._id}.json")
+        if process and lives(process):  # a second one would share its port
+            raise TransientError(f"haproxy, process {process['pid']}, lives and does not answer at {self._socket}")
         path = folder / f"{self._id}.cfg"
         path.write_text(
             CONFIGURATION.format(
@@ -218,12 +221,17 @@ def own_haproxies() -> list[OwnHaproxy]:
     return found
 
 
+def _process_of(record: Path) -> dict[str, Any] | None:
+    """None where there is no record, or where its writer died before it could say which process it was."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(record.read_text()).get("process")
+    return None
+
+
 def end_own(record: Path) -> None:
     """End the haproxy that this record is of, if it runs, and forget it. Raises TransientError when it does not end."""
     own_socket = record.with_suffix(".sock")
-    process: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError):
-        process = json.loads(record.read_text()).get("process")
+    process = _process_of(record)
     if process is None:  # whoever started it died before it could write down which process it was
         with contextlib.suppress(TransientError, psutil.NoSuchProcess, KeyError):
             process = identify(_pid_at(str(own_socket)))

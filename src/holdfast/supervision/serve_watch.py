@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from holdfast.drivers.protocol import Machine
+from holdfast.errors import ConfigError, TransientError
 from holdfast.ledger.fleet_state import Member
 from holdfast.serving.balancer import Endpoint, Standing
 from holdfast.serving.replicas import Replica, ReplicaBook
@@ -32,11 +33,25 @@ class ServeWatch(FleetWatch):
 
     def _lead(self, machines: dict[str, Machine]) -> Iterator[Update]:
         yield from self._hear()
-        standings = self.run.balancer.standings()
-        yield from self._take_out(machines, standings)
-        yield from self._take_in(machines, standings)
-        yield from self._retire(machines, standings)
-        self._forget_the_gone()
+        try:
+            standings = self._standings()
+            yield from self._take_out(machines, standings)
+            yield from self._take_in(machines, standings)
+            yield from self._retire(machines, standings)
+            self._forget_the_gone()
+        except ConfigError as error:
+            if not self.run.state.services:
+                raise  # nothing has ever been served in this way
+            # A right that was taken away must not end what serves: the load balancer goes on with what it was told.
+            if self.run.warn(f"went on without the load balancer: {error}"):
+                yield self.run.update("warned", f"the load balancer can't be told of changes: {error}; going on")
+
+    def _standings(self) -> dict[str, Standing]:
+        try:
+            return self.run.balancer.standings()
+        except TransientError:
+            self.run.balancer.open()  # one of ours may have died
+            return self.run.balancer.standings()
 
     def _hear(self) -> Iterator[Update]:
         run, state = self.run, self.run.state

@@ -66,6 +66,8 @@ def play(
         attempts=attempts,
         history=history,
         loss_seconds=0.0,
+        move_usd=setting.move_usd,
+        sees_all=True,
     )
     played = Played()
     work, done, pending = situation.work_total_seconds, 0.0, 0.0

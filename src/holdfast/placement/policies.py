@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from typing import Literal
 
 from holdfast.drivers.protocol import Offer
 from holdfast.errors import ConfigError
 from holdfast.placement import policy as default
+from holdfast.placement.fitted_hazards import FITTED
+from holdfast.placement.least_cost import LeastCost
 from holdfast.placement.situation import Decision, Policy, Situation, is_safe, on_demand_pool, spot_pool
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
@@ -134,14 +137,21 @@ class UniformProgress:
         return Decision(None, "ahead of uniform progress, waiting for spot")
 
 
+def _least_cost(terms: Terms) -> Policy:
+    if find_spec("numpy") is None:
+        raise ConfigError("policy: least-cost needs numpy; pip install 'holdfast[flows]', or name another policy")
+    return LeastCost(FITTED)
+
+
 DEFAULT = "spot-then-on-demand"
 POLICIES: dict[str, Callable[[Terms], Policy]] = {
     "on-demand": OnDemand,
     DEFAULT: SpotThenOnDemand,
     "greedy": Greedy,
     "uniform-progress": UniformProgress,
+    "least-cost": _least_cost,
 }
-BEST = "uniform-progress"
+BEST = "least-cost"
 """For a deadline, unless the job names another."""
 
 

@@ -80,6 +80,10 @@ class Situation:
     """Of each of these pools, what was seen of it before the run's start; empty: nothing."""
     loss_seconds: float = math.inf
     """Of useful machine time, the most that is lost with a machine that is taken; inf: whatever it did since the last tick."""
+    move_usd: float = 0.0
+    """The checkpoint's egress to a machine in another pool than the last spot machine's."""
+    sees_all: bool = False
+    """Is `available` what is, of every pool? Else it is a hope where nobody has asked, which costs the machine in use."""
 
     @property
     def work_left_seconds(self) -> float:

@@ -81,6 +81,64 @@ def test_auto_then_saves_at_young_s_spacing_for_the_pool_s_interruptions() -> No
     assert CheckpointPolicy().is_due(1, 240, 2.0) and not CheckpointPolicy().is_due(1, 239, 2.0)
 
 
+# Machines are taken soon or hardly at all, as on public traces: 0.9 per hour at first, 0.02 from the first hour on.
+YOUNG_ONES_DIE = ((0.0, 0.9), (600.0, 0.5), (HOUR, 0.02))
+
+
+def life_of(draw: random.Random) -> float:
+    """Seconds that a machine of these hazards lives."""
+    age = 0.0
+    for (start, rate), end in zip(YOUNG_ONES_DIE, [600.0, HOUR, math.inf], strict=True):
+        lived = draw.expovariate(rate / HOUR)
+        if start + lived < end:
+            return start + lived
+        age = end
+    return age
+
+
+def cost_of(
+    policy: CheckpointPolicy, save_seconds: float, noticed: float = 0.0, commit_seconds: float = math.inf
+) -> float:
+    """Share of machine time that saving takes or preemptions destroy, over 200 lives of at most a day."""
+    draw, lost, lived = random.Random(3), 0.0, 0.0
+    for _ in range(200):
+        life = min(life_of(draw), 24 * HOUR)
+        at = since = 0.0
+        while at < life:
+            at, since = at + 40.0, since + 40.0
+            if policy.is_due(1, since, save_seconds, at, commit_seconds):
+                lost, since, at = lost + save_seconds, 0.0, at + save_seconds
+        lost += since if life < 24 * HOUR and draw.random() >= noticed else 0.0
+        lived += life
+    return lost / lived
+
+
+def test_a_cadence_by_the_machine_s_age_loses_less_than_any_fixed_one() -> None:
+    mean = 6 * HOUR  # about as long as these machines live
+    by_age = CheckpointPolicy(mean_seconds_between_preemptions=mean, hazards=YOUNG_ONES_DIE)
+    at_best = cost_of(by_age, 20.0)
+    for fixed in (
+        CheckpointPolicy(mean_seconds_between_preemptions=mean),
+        CheckpointPolicy(every_seconds=120.0),
+        CheckpointPolicy(every_seconds=400.0),
+        CheckpointPolicy(every_seconds=900.0),
+        CheckpointPolicy(every_seconds=1800.0),
+    ):
+        assert at_best < cost_of(fixed, 20.0)
+
+
+def test_where_a_commit_fits_into_the_notice_fewer_are_worth_their_cost() -> None:
+    bound = CheckpointPolicy(mean_seconds_between_preemptions=HOUR, notice_seconds=120.0)
+    young = math.sqrt(2 * 2 * HOUR)
+    assert bound.is_due(1, young + 1, 2.0, commit_seconds=121) and not bound.is_due(
+        1, young + 1, 2.0, commit_seconds=119
+    )
+    assert bound.is_due(1, young * math.sqrt(10) + 1, 2.0, commit_seconds=119)
+    noticed = CheckpointPolicy(hazards=YOUNG_ONES_DIE, notice_seconds=120.0)
+    blind = CheckpointPolicy(hazards=YOUNG_ONES_DIE)
+    assert cost_of(noticed, 20.0, 0.9, 60.0) < cost_of(blind, 20.0, 0.9, 60.0)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -105,6 +163,7 @@ def test_a_policy_that_cannot_work_is_refused_by_name(fields: dict) -> None:
         CheckpointPolicy(),
         CheckpointPolicy(every_steps=7, max_to_keep=1),
         CheckpointPolicy(every_seconds=0.1, mean_seconds_between_preemptions=1234.5),
+        CheckpointPolicy(hazards=YOUNG_ONES_DIE, notice_seconds=30.0),
     ],
 )
 def test_the_machine_gets_the_very_policy_it_was_given(policy: CheckpointPolicy) -> None:

@@ -132,6 +132,7 @@ class Attached:
         self._saved_step = self.resumed_step
         self._saved_at = self._stepped_at = time.monotonic()
         self._completed_at = self._clock.now()
+        self._began = self._saved_at  # the machine is as old as its program, but for the boot
         self._copies: deque[float] = deque(maxlen=RECENT)
         self._steps: deque[float] = deque(maxlen=RECENT)
 
@@ -264,9 +265,21 @@ class Attached:
         seconds = (time.monotonic() - self._saved_at) * self._clock.speed
         cost = self._committer.commit_seconds
         copy = self._copies[-1] if self._copies else 0.0
+        speed = self._clock.speed
         return self._policy.is_due(
-            self._step - self._saved_step, seconds, None if cost is None else (copy + 0.1 * cost) * self._clock.speed
+            self._step - self._saved_step,
+            seconds,
+            None if cost is None else (copy + 0.1 * cost) * speed,
+            age_seconds=(time.monotonic() - self._began) * speed,
+            commit_seconds=self._seconds_to_be_safe() * speed,
         )
+
+    def _seconds_to_be_safe(self) -> float:
+        """Wall seconds from a notice until a commit is surely durable, the step under way included; inf: not known."""
+        if not (self._committer.commits and self._copies and self._steps):
+            return float("inf")
+        measured = (self._steps, self._copies, self._committer.commits)
+        return planner.MARGIN_SECONDS / self._clock.speed + sum(planner.Spread.of(one).safe for one in measured)
 
     def _save(self, wait: bool = False) -> None:
         """Copy the state while the training goes on; what is copied is made durable by another process."""
@@ -495,10 +508,4 @@ def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | No
                 steps = int(number)
             else:
                 seconds = number * (60 if match[2].startswith("min") else 1)
-    return CheckpointPolicy(
-        every_steps=steps,
-        every_seconds=seconds,
-        max_to_keep=keep,
-        compression=job.compression,
-        mean_seconds_between_preemptions=job.mean_seconds_between_preemptions,
-    )
+    return replace(job, every_steps=steps, every_seconds=seconds, max_to_keep=keep)

@@ -15,6 +15,9 @@ DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS = 4 * 3600.0
 MOST_OVERHEAD_FRACTION = 0.05
 """However likely a preemption is, saving takes no more than this share of the time."""
 LONGEST_SECONDS = 1800.0
+NOTICED_SHARE = 0.9
+"""Of preemptions, that are announced: clouds promise no more than best effort. Where a commit surely fits into the notice,
+only the others cost what was done since the last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,10 @@ class CheckpointPolicy:
     max_to_keep: int = 3
     compression: Literal["auto", "off"] = "auto"
     mean_seconds_between_preemptions: float | None = None
+    hazards: tuple[tuple[float, float], ...] = ()
+    """(age of the machine in seconds, interruptions per hour from then on), by age; empty: the mean holds at every age."""
+    notice_seconds: float = 0.0
+    """Between the cloud's notice and the end; 0: none is counted on."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_seconds", "max_to_keep", "mean_seconds_between_preemptions"):
@@ -38,22 +45,41 @@ class CheckpointPolicy:
             raise ConfigError("every_steps and every_seconds contradict each other; give one of them")
 
     def to_json(self) -> str:
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+        return json.dumps({name: value for name, value in asdict(self).items() if value not in (None, (), 0.0)})
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointPolicy:
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**{**fields, "hazards": tuple((age, rate) for age, rate in fields.get("hazards", ()))})
 
-    def is_due(self, steps: int, seconds: float, save_seconds: float | None) -> bool:
-        """`steps` and `seconds` since the last save (or the start); `save_seconds`: what a save was seen to cost."""
+    def is_due(
+        self,
+        steps: int,
+        seconds: float,
+        save_seconds: float | None,
+        age_seconds: float = 0.0,
+        commit_seconds: float = math.inf,
+    ) -> bool:
+        """`steps` and `seconds` since the last save (or the start); `save_seconds`: what a save was seen to cost;
+        `age_seconds`: of the machine; `commit_seconds`: until a save that begins at a notice is surely durable.
+        """
         if self.every_steps:
             return steps >= self.every_steps
         if self.every_seconds:
             return seconds >= self.every_seconds
         if save_seconds is None:
             return steps >= FIRST_SAVE_STEPS or seconds >= FIRST_SAVE_SECONDS
+        return seconds >= auto_interval_seconds(
+            save_seconds, self.mean_seconds_between_losses(age_seconds, commit_seconds)
+        )
+
+    def mean_seconds_between_losses(self, age_seconds: float, commit_seconds: float = math.inf) -> float:
+        """At this age, between preemptions that cost what was done since the last save."""
         mean = self.mean_seconds_between_preemptions or DEFAULT_MEAN_SECONDS_BETWEEN_PREEMPTIONS
-        return seconds >= auto_interval_seconds(save_seconds, mean)
+        rates = [rate for age, rate in self.hazards if age <= age_seconds]
+        if rates and rates[-1] > 0:
+            mean = 3600 / rates[-1]
+        return mean / (1 - NOTICED_SHARE) if commit_seconds <= self.notice_seconds else mean
 
 
 def checkpoint_interval_seconds(save_seconds: float, mean_seconds_between_preemptions: float) -> float:

@@ -28,6 +28,8 @@ class Attempt:
     usd_reserved: float
     interruptions_per_hour: float = 0.0
     """Expected when it was reserved."""
+    hazards: tuple[tuple[float, float], ...] = ()
+    """The same by the machine's age in seconds; empty: nothing was seen of it."""
     budget: str = ""
     """Name of the budget that the worst case is reserved from."""
     reason: str = ""
@@ -164,6 +166,7 @@ def read_run_state(run_id: str, entries: Iterable[Entry]) -> RunState:
                         on_demand_usd_per_hour=fields["on_demand_usd_per_hour"],
                         usd_reserved=fields["usd_reserved"],
                         interruptions_per_hour=fields.get("interruptions_per_hour", 0.0),
+                        hazards=tuple((age, rate) for age, rate in fields.get("hazards", ())),
                         budget=fields.get("budget", ""),
                         reason=fields["reason"],
                     )

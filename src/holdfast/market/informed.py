@@ -13,6 +13,7 @@ from holdfast.clock import Clock
 from holdfast.drivers.protocol import CapacityPool, Offer
 from holdfast.drivers.several import SomeOffers
 from holdfast.errors import HoldfastError
+from holdfast.market.hazards import hazards_by_age
 from holdfast.market.history import History, Life
 from holdfast.market.interruptions import Estimate, Observation, estimate
 from holdfast.market.monitor import Judgement, family_of, read_judgement
@@ -58,6 +59,12 @@ class InformedMarket:
         """A fleet's share, less while every pool that fits is cooled."""
         self._read()
         return self._judgement.spot_share(asked, offers) if self._judgement else asked
+
+    def hazards(self, offer: Offer) -> tuple[tuple[float, float], ...]:
+        """Of the offer's type, by a machine's age; see `market.hazards`."""
+        if offer.pool.provisioning_model != "spot":
+            return ()
+        return hazards_by_age(self._lives, offer.pool, offer.interruptions_per_hour)
 
     def forget(self) -> None:
         """There is something new in the history."""

@@ -3,8 +3,9 @@
 Every run meets a market of its own: spot capacity for some minutes of the cloud's clock, then none for some. It runs under one
 of the policies, with a deadline; its machines are real processes, its steps last so many seconds of the cloud's clock. Then
 the same run is simulated: the same market, the same policy, the same work. Nothing of a real run's course is told to the
-simulation but its start on the market's clock. Of all runs together it is told the mean times that pass between steps
-(`holdfast.ledger.times`): boots, stops, decisions, refusals.
+simulation but its start on the market's clock. Of all runs together it is told the times that pass between steps
+(`holdfast.ledger.times`): boots, stops, decisions, refusals. Every run is simulated many times, each time with others of these,
+and held against the mean: whether a machine is asked for a second before or after the market takes it changes the whole course.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import math
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from holdfast.drivers.protocol import Offer
 from holdfast.ledger.billing import TERMS
 from holdfast.ledger.journal import Entry, Journal
 from holdfast.ledger.profiles import JobProfile, Measurement, write_profile
+from holdfast.ledger.run_state import read_run_state
 from holdfast.ledger.times import Times, times_of
 from holdfast.market.traces import Trace
 from holdfast.model import Checkpointing, Fallback, Resources, TrainingJob
@@ -50,6 +54,11 @@ NOTICE_SECONDS = 120.0
 UP_SECONDS, DOWN_SECONDS, TRACE_SECONDS, GAP_SECONDS = (250.0, 700.0), (100.0, 350.0), 6000, 1.0
 PLACE = Resources(instance_types=["c7i.large"], zones=["local-1a"])
 GUESSED_BOOT_SECONDS = 60.0
+SIMULATIONS, TRIES = 200, 5
+TIMES = (
+    "begin", "launch", "boot", "stop", "refusal", "detect", "obey", "unused_notice", "short_life", "told_restart"
+)  # fmt: skip
+"""Of `holdfast.ledger.times.Times`, that a `Workload` has too, as ..._seconds."""
 CLOCK_SPEED = 12.0
 """A tenth of a second of the wall, which a busy computer is soon late by, is then a 600th of the work."""
 
@@ -113,7 +122,9 @@ def real_run(folder: Path, number: int, seed: int, clock_speed: float) -> RealRu
     from flows.train import carry_out
     from holdfast.supervision.opening import open_run
 
-    policy, outages = POLICIES[number % len(POLICIES)], outages_of(random.Random(f"{seed}-{number}"))
+    policy, outages = market_of(number, seed)
+    for left_over in (folder / f"cloud-{number}", folder / "store" / "runs" / f"agreement-{number}"):
+        shutil.rmtree(left_over, ignore_errors=True)
     market = TimedMarket(outages=outages, notice_seconds=NOTICE_SECONDS)
     driver = LocalDriver(LocalCloudConfig(root=folder / f"cloud-{number}", clock_speed=clock_speed, market=market))
     store, job = DirectoryStore(folder / "store"), job_of(number, policy)
@@ -127,18 +138,27 @@ def real_run(folder: Path, number: int, seed: int, clock_speed: float) -> RealRu
     write_profile(store, JobProfile(job.name, STEPS).with_measurements([known], None))
     run = open_run(job, driver, store, None, job.name)
     flow(name="agreement")(lambda: carry_out(run) and None)()
-    return told_of(folder, number, policy, outages)
+    told = told_of(folder, number, seed)
+    assert told, "a flow that has ended has finished"
+    return told
 
 
-def told_of(folder: Path, number: int, policy: str, outages: Sequence[Outage]) -> RealRun:
-    from holdfast.ledger.run_state import read_run_state
+def market_of(number: int, seed: int) -> tuple[str, list[Outage]]:
+    """The run's policy, and when there is no spot capacity."""
+    return POLICIES[number % len(POLICIES)], outages_of(random.Random(f"{seed}-{number}"))
 
+
+def told_of(folder: Path, number: int, seed: int) -> RealRun | None:
+    """What its journal says of a finished run; None: it is not."""
+    policy, outages = market_of(number, seed)
     run_id = f"agreement-{number}"
     journal = Journal(DirectoryStore(folder / "store"), journal_prefix(run_id)).read()
     state = read_run_state(run_id, journal)
+    if state.state != "finished":
+        return None
     began_at = datetime.fromisoformat(json.loads((folder / f"cloud-{number}" / "clock.json").read_text())["origin"])
     last = state.attempts[-1]
-    assert state.started_at and last.last_step_at and last.outcome == "finished"
+    assert state.started_at and last.last_step_at, "the program told when its last step was complete"
     seconds = (last.last_step_at - state.started_at).total_seconds()
     return RealRun(
         number=number,
@@ -160,26 +180,23 @@ def told_of(folder: Path, number: int, policy: str, outages: Sequence[Outage]) -
 # -- simulated --------------------------------------------------------------------------------------------------------
 
 
-def workload_of(times: Times) -> Workload:
+def workload_of() -> Workload:
     work = STEPS * STEP_SECONDS
     return Workload(
         work_seconds=work,
         deadline_seconds=DEADLINE_HOURS * 3600,
-        begin_seconds=times.mean("begin"),
-        launch_seconds=times.mean("launch"),
-        boot_seconds=times.mean("boot"),
-        stop_seconds=times.mean("stop"),
-        refusal_seconds=times.mean("refusal"),
-        detect_seconds=times.mean("detect"),
-        obey_seconds=times.mean("obey"),
         notice_seconds=NOTICE_SECONDS,
-        unused_notice_seconds=times.mean("unused_notice"),
-        short_life_seconds=times.mean("short_life") if times.short_life else None,
-        told_restart_seconds=times.mean("told_restart"),
         checkpoint_seconds=COMMIT_STEPS * STEP_SECONDS,
         noticed_share=1.0,
         reserve_seconds=reserve_seconds_for(work),
     )
+
+
+def with_times(workload: Workload, times: Times, draw: random.Random) -> Workload:
+    """One of the seen ones for each; as the workload has it where nothing was seen."""
+    drawn = {f"{name}_seconds": draw.choice(getattr(times, name)) for name in TIMES if getattr(times, name)}
+    begin_seconds = max(0.0, drawn["begin_seconds"] - drawn.get("launch_seconds", 0.0))
+    return replace(workload, **{**drawn, "begin_seconds": begin_seconds})
 
 
 def offers() -> list[Offer]:
@@ -188,7 +205,7 @@ def offers() -> list[Offer]:
     return [one for one in sold if (one.pool.zone, one.pool.instance_type) == ("local-1a", "c7i.large")]
 
 
-def simulated(run: RealRun, times: Times, sold: Sequence[Offer]) -> Outcome:
+def simulated(run: RealRun, times: Times, sold: Sequence[Offer]) -> list[Outcome]:
     pools = [
         SimulatedPool(
             str(one.pool),
@@ -198,9 +215,18 @@ def simulated(run: RealRun, times: Times, sold: Sequence[Offer]) -> Outcome:
         )
         for one in sold
     ]
-    made = policy_named(run.policy, Terms(offers=sold))
-    tick = tick_seconds_for(DEADLINE_HOURS * 3600)
-    return simulate(workload_of(times), pools, made, tick, TERMS["local"], run.began_seconds)
+    draw, tick = random.Random(run.number), tick_seconds_for(DEADLINE_HOURS * 3600)
+    return [
+        simulate(
+            with_times(workload_of(), times, draw),
+            pools,
+            policy_named(run.policy, Terms(offers=sold)),
+            tick,
+            TERMS["local"],
+            run.began_seconds,
+        )
+        for _ in range(SIMULATIONS)
+    ]
 
 
 def compare(runs: Sequence[RealRun]) -> dict[str, Any]:
@@ -208,19 +234,23 @@ def compare(runs: Sequence[RealRun]) -> dict[str, Any]:
     rows = []
     for run in runs:
         said = simulated(run, times, sold)
+        usd = sum(one.usd for one in said) / len(said)
+        nearest = min(said, key=lambda one: abs(one.usd - run.usd))
         rows.append(
             {
                 "run": run.number,
                 "policy": run.policy,
                 "real_usd": run.usd,
-                "simulated_usd": round(said.usd, 6),
-                "difference": round(said.usd / run.usd - 1, 4),
+                "simulated_usd": round(usd, 6),
+                "difference": round(usd / run.usd - 1, 4),
+                "simulated_usd_from": round(min(one.usd for one in said), 6),
+                "simulated_usd_to": round(max(one.usd for one in said), 6),
                 "real_seconds": round(run.seconds),
-                "simulated_seconds": round(said.finish_seconds),
+                "simulated_seconds": round(sum(one.finish_seconds for one in said) / len(said)),
                 "late": run.lateness_seconds > 0,
                 "machines": run.way,
                 "simulated_machines": " ".join(
-                    f"{'s' if spot else 'o'}:{how}:{ran:.0f}" for spot, how, ran in said.way
+                    f"{'s' if spot else 'o'}:{how}:{ran:.0f}" for spot, how, ran in nearest.way
                 ),
             }
         )
@@ -243,8 +273,8 @@ def compare(runs: Sequence[RealRun]) -> dict[str, Any]:
 def words(told: dict[str, Any]) -> str:
     lines = [
         f"{row['run']:3} {row['policy']:20} real ${row['real_usd']:.4f} {row['real_seconds']:5} s, simulated "
-        f"${row['simulated_usd']:.4f} {row['simulated_seconds']:5} s ({row['difference']:+.1%})  {row['machines']}  |  "
-        f"{row['simulated_machines']}"
+        f"${row['simulated_usd']:.4f} ({row['simulated_usd_from']:.4f} to {row['simulated_usd_to']:.4f}) "
+        f"{row['simulated_seconds']:5} s ({row['difference']:+.1%})  {row['machines']}  |  {row['simulated_machines']}"
         for row in told["rows"]
     ]
     return "\n".join(
@@ -268,26 +298,29 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4, help="runs beside each other (default 4): they mostly sleep")
     parser.add_argument("--clock-speed", type=float, default=CLOCK_SPEED, help=f"default {CLOCK_SPEED:g}")
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--folder", type=Path, help="keep the runs here, or compare those that are here already")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are here already are not run again")
     parser.add_argument("--numbers", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.numbers:
         os.chdir(options.folder)
         for number in options.numbers.split(","):
-            real_run(Path(options.folder), int(number), options.seed, options.clock_speed)
+            for _ in range(TRIES):
+                try:
+                    real_run(options.folder, int(number), options.seed, options.clock_speed)
+                    break
+                except Exception:  # Prefect's server may be too busy to make a flow run
+                    traceback.print_exc()
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        if not (folder / "store").exists():
-            carry_out_all(folder, options.runs, options.seed, options.at_once, options.clock_speed)
-        runs = [
-            told_of(
-                folder, number, POLICIES[number % len(POLICIES)], outages_of(random.Random(f"{options.seed}-{number}"))
-            )
-            for number in range(options.runs)
-        ]
+        missing = [number for number in range(options.runs) if told_of(folder, number, options.seed) is None]
+        if missing:
+            carry_out_all(folder, missing, options.seed, options.at_once, options.clock_speed)
+        runs = [run for number in range(options.runs) if (run := told_of(folder, number, options.seed))]
+    if len(runs) < options.runs:
+        raise SystemExit(f"{options.runs - len(runs)} runs did not finish; see {folder}/worker-*.log, and begin again")
     told = compare(runs)
     print(words(told))
     told |= {
@@ -302,7 +335,7 @@ def main() -> None:
     options.output.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def carry_out_all(folder: Path, runs: int, seed: int, at_once: int, clock_speed: float) -> None:
+def carry_out_all(folder: Path, missing: Sequence[int], seed: int, at_once: int, clock_speed: float) -> None:
     from flows.server import prefect_server
 
     os.environ.pop("PREFECT_API_URL", None)
@@ -311,15 +344,15 @@ def carry_out_all(folder: Path, runs: int, seed: int, at_once: int, clock_speed:
     with prefect_server():
         os.chdir(here)
         workers = []
-        for first in range(min(at_once, runs)):
-            numbers = ",".join(str(number) for number in range(first, runs, at_once))
+        for first in range(min(at_once, len(missing))):
+            numbers = ",".join(str(number) for number in missing[first::at_once])
             command = [sys.executable, "-m", "benchmarks.agreement", "--folder", str(folder), "--numbers", numbers]
             environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here / 'src'}"}
             log = open(folder / f"worker-{first}.log", "wb")  # noqa: SIM115 (the worker writes to it)
             command += ["--seed", str(seed), "--clock-speed", str(clock_speed)]
             workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        if any([worker.wait() for worker in workers]):
-            raise SystemExit(f"a run failed; see {folder}/worker-*.log")
+        for worker in workers:
+            worker.wait()
 
 
 if __name__ == "__main__":

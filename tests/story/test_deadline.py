@@ -60,6 +60,25 @@ def test_while_there_is_slack_it_waits_for_spot_and_then_goes_on_demand_in_time(
     assert "Deadline" in to_markdown(summary) and "the slack is used up" in plan_markdown(deadline)
 
 
+def test_spot_that_goes_for_good_is_left_in_time_and_the_deadline_is_kept(folder: Path, store: DirectoryStore) -> None:
+    """Boots are calibrated as taking 12 s of the wall, so that a slow computer is in time too."""
+    market = TimedMarket(outages=[Outage(start_seconds=150, end_seconds=1e6)], notice_seconds=100.0)
+    driver = LocalDriver(LocalCloudConfig(root=folder / "cloud", clock_speed=20.0, market=market))
+    measured = Measurement(
+        cloud="local", instance_type="c7i.large", step_seconds=2.0, boot_seconds=240.0, stop_seconds=40.0, steps=60
+    )
+    write_profile(store, JobProfile("in-time", 60).with_measurements([measured], None))
+    job = light_job(folder, "in-time", args=["60", "2.0"], resources=PLACE, deadline_hours=0.2, policy="greedy")
+    job = job.model_copy(update={"script": "paced.py", "max_attempts": 50})
+    run, summary = carry(job, driver, store, "in-time")
+    assert_nothing_left(driver)
+    told = outcomes(summary)
+    assert told[-1] == ("on-demand", "finished") and {model for model, _ in told[:-1]} == {"spot"}
+    assert summary["deadline"]["reason"] == "the slack is used up"
+    assert summary["deadline"]["kept"] and summary["deadline"]["seconds_to_spare"] > 0
+    assert summary["lost_steps"] == 0 and run.state.committed_step == 60
+
+
 def test_a_preempted_run_that_falls_behind_goes_on_demand_and_loses_nothing(
     folder: Path, store: DirectoryStore
 ) -> None:

@@ -38,6 +38,17 @@ def test_near_its_cap_a_run_commits_and_stops_and_a_higher_cap_takes_it_on(folde
     assert summary["lost_steps"] == trained_again(folder, "light") == 0
 
 
+def test_near_its_cap_on_hours_a_run_commits_and_stops_too(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [], clock_speed=20.0)
+    run = open_run(light_job(folder, steps=6000, resources=SMALL, max_run_hours=0.1), driver, store, None, "hours")
+    with pytest.raises(OverBudgetError, match=r"the run's max_run_hours of 0.1 are used up"):
+        story_of(run)()
+    assert_nothing_left(driver)
+    (attempt,) = run.read().attempts
+    assert attempt.outcome == "over-budget" and 200 < attempt.billed_seconds <= 360
+    assert attempt.committed_step == attempt.last_step and attempt.lost_steps == 0
+
+
 def test_a_cap_that_pays_for_no_machine_is_refused_before_any_is_bought(folder: Path, store: DirectoryStore) -> None:
     driver = cloud(folder, [])
     with pytest.raises(ConfigError, match=r"max_usd: the run has spent \$0.0000 of its max_usd of \$0.001"):
@@ -60,7 +71,9 @@ def test_a_cap_on_machine_hours_is_shared_and_what_was_not_used_comes_back(folde
     run = open_run(light_job(folder, resources=SMALL, max_run_hours=4), driver, store, budget, "first")
     ledger = BudgetLedger(store, budget)
     ledger.reserve("another-run", 0.1, driver.clock.now(), hours=1.5)
-    with pytest.raises(OverBudgetError, match=r"'hours': 4\.00 machine hours .* of 5 0\.00 are used and 1\.50 reserved"):
+    with pytest.raises(
+        OverBudgetError, match=r"'hours': 4\.00 machine hours .* of 5 0\.00 are used and 1\.50 reserved"
+    ):
         story_of(run)()
     with pytest.raises(ConfigError, match="raise max_machine_hours"):
         open_run(light_job(folder, resources=SMALL, max_run_hours=4), driver, store, budget, "second")

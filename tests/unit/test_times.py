@@ -60,7 +60,7 @@ def test_times_between_steps_are_read_from_a_journal() -> None:
         (415, "reserved", reserved(3)),
     )
     times = times_of([entries])
-    assert times.begin == [4.0] and times.launch == [3.0] and times.told_restart == [150.0, 170.0]
+    assert times.begin == [8.0] and times.launch == [] and times.told_restart == [150.0, 170.0]
     assert times.boot == [94.0]  # 21 steps in 210 s after the first, which took 12 s longer than they
     assert times.stop == [28.0] and times.unused_notice == [30.0]
     assert times.detect == [10.0]  # until the decision to wait; the wait itself is not in it
@@ -84,4 +84,4 @@ def test_a_machine_told_of_its_end_before_its_first_step_and_one_that_is_asked_t
     times = times_of([entries, entries])
     assert times.short_life == [52.0, 52.0] and times.unused_notice == []
     assert times.obey == [11.0, 11.0] and times.boot == pytest.approx([117.0, 117.0])
-    assert times.means()["stop"] == 9.0
+    assert times.launch == [4.0, 4.0] and times.means()["stop"] == 9.0

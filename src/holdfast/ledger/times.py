@@ -17,9 +17,9 @@ class Times:
     """Every time that was seen, in seconds of the cloud's clock."""
 
     begin: list[float] = field(default_factory=list)
-    """From the run's start to its first decision."""
+    """From the run's start to its first launch: the code is packed and sent before it."""
     launch: list[float] = field(default_factory=list)
-    """From a decision to the launch."""
+    """From a decision to the launch, of every later one."""
     refusal: list[float] = field(default_factory=list)
     """From a decision to the next one, where the cloud had no machine."""
     boot: list[float] = field(default_factory=list)
@@ -64,6 +64,7 @@ def times_of(journals: Iterable[Sequence[Entry]]) -> Times:
 def _add_decisions(times: Times, entries: Sequence[Entry]) -> None:
     started: datetime | None = None
     ended: tuple[str, datetime] | None = None
+    decided: datetime | None = None
     reserved: datetime | None = None
     asked: datetime | None = None
     alive = False
@@ -74,16 +75,20 @@ def _add_decisions(times: Times, entries: Sequence[Entry]) -> None:
             case "reserved" | "planned":
                 if entry.kind == "planned":
                     times.told_restart.append(entry.fields["restart_seconds"])
-                if not alive and started:
-                    times.begin.append((entry.at - started).total_seconds())
-                    started = None
                 if not alive and ended:
                     getattr(times, ended[0]).append((entry.at - ended[1]).total_seconds())
                     ended = None
-                if entry.kind == "reserved":
-                    reserved, alive = entry.at, True
+                if entry.kind == "planned" and not alive:  # told where a decision is another than the one before
+                    decided = entry.at if entry.fields["pool"] else None
+                elif entry.kind == "reserved":
+                    reserved, decided, alive = decided or entry.at, None, True
             case "launched" if reserved:
-                times.launch.append((datetime.fromisoformat(entry.fields["launched_at"]) - reserved).total_seconds())
+                launched_at = datetime.fromisoformat(entry.fields["launched_at"])
+                if started:
+                    times.begin.append((launched_at - started).total_seconds())
+                    started = None
+                else:
+                    times.launch.append((launched_at - reserved).total_seconds())
             case "asked-to-end":
                 asked = entry.at
             case "ended":
@@ -95,7 +100,7 @@ def _add_decisions(times: Times, entries: Sequence[Entry]) -> None:
                     ended = ("refusal", reserved)
                 if asked and last:
                     times.obey.append(max(0.0, (datetime.fromisoformat(last) - asked).total_seconds()))
-                reserved = asked = None
+                reserved = asked = started = None
 
 
 def _add_machine(times: Times, attempt: Attempt) -> None:

@@ -167,8 +167,8 @@ class _Run:
             launched = now + self.workload.launch_seconds
             if not pool.available_at(self.start + launched):
                 outcome.refusals += 1
+                self._ended(decision.pool, "no-capacity", min(launched, now + self.workload.refusal_seconds))
                 now += self.workload.refusal_seconds
-                self._ended(decision.pool, "no-capacity", now)
                 continue
             outcome.launches += 1
             now = self._live(decision.pool, launched)
@@ -210,7 +210,7 @@ class _Run:
                     situation.pending_seconds = -trained
                 renew_hopes(situation.pools, index, now, self.tick_seconds)
                 if decide(situation).pool != index:
-                    if now + workload.obey_seconds >= finishes_at:
+                    if trained > 0 and now + workload.obey_seconds >= finishes_at:
                         break
                     return self._move(index, launched, now, taken_at)
                 if not self.policy.asks_while_running:
@@ -226,9 +226,11 @@ class _Run:
 
     def _move(self, index: int, launched: float, now: float, taken_at: float) -> float:
         """It commits, and the next machine is asked for when it is gone."""
-        trained = max(0.0, now + self.workload.obey_seconds - launched - self.workload.boot_seconds)
+        trains = now - launched > self.workload.boot_seconds
+        left_at = now + self.workload.obey_seconds if trains else now  # what has no program yet is ended at once
+        trained = left_at - launched - self.workload.boot_seconds if trains else 0.0
         self.done += trained
-        over = min(now + self.workload.obey_seconds + self.workload.stop_seconds, max(now, taken_at))
+        over = min(left_at + self.workload.stop_seconds, max(now, taken_at))
         self._bill(self.pools[index], launched, over, "moved")
         self._ended(index, "moved", over, trained > 0)
         return over + self.workload.detect_seconds

@@ -302,13 +302,15 @@ class Planner:
         return Work(total_seconds=total, done_seconds=done, source=source)
 
     def restart_seconds(self, state: RunState, report: Mapping[str, Any] = {}, attempt: Attempt | None = None) -> float:
-        """The worst that was seen in this run; before, what was calibrated or guessed."""
+        """The worst that was calibrated, or seen in this run; before, a guess."""
         measured = self._profile.of(self._offers[0].pool.instance_type)
         boots = [one.boot_seconds for one in state.attempts if one.boot_seconds is not None]
         if attempt and attempt.launched_at and (resumed := report.get("marks", {}).get("resumed")):
             boots.append((datetime.fromisoformat(resumed) - attempt.launched_at).total_seconds())
-        if not boots:
-            boots = [measured.boot_seconds if measured else GUESSED_BOOT_SECONDS]
+        if measured:
+            boots.append(measured.boot_seconds)
+        elif not boots:
+            boots = [GUESSED_BOOT_SECONDS]
         stop = measured.stop_seconds if measured else GUESSED_STOP_SECONDS
         asks = [(one.launched_at or one.detected_at) for one in state.attempts]
         asking = [(at - one.reserved_at).total_seconds() for at, one in zip(asks, state.attempts, strict=True) if at]

@@ -238,9 +238,11 @@ class _Watch:
             yield self._ask("moved", f"back to spot after {running:.0f} s on demand")
 
     def _ask(self, outcome: Outcome, why: str) -> Update:
-        """The machine is asked, through its lease, to commit and to end itself."""
+        """The machine is asked, through its lease, to commit and to end itself; one that has no program yet is ended."""
         self.asked_to_end, self.detail, self.asked_at = outcome, why, self.clock.now()
         self.run.ask_to_stop(self.attempt, outcome, why, STOP_GRACE_SECONDS)
+        if "program-started" not in self.report.get("marks", {}):
+            self.run.driver.terminate(self.attempt.machine, self.attempt.pool)
         return self._update("warned", why)
 
     def _notice_missing_checkpoints(self, now: datetime) -> Iterator[Update]:

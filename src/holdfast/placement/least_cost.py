@@ -17,6 +17,8 @@ DIFFERS = 0.1
 """Restarts or prices that have changed by so much ask for another table."""
 MOVE_PAYS = 2.0
 """A cheaper spot pool must save so many times what the move costs."""
+LEAST_SAVING = 1e-4
+"""To wait is worth it for more than rounding: else it is better to have done something."""
 SETTLED_TICKS = 4
 SPOT_MAY_BE_BACK_SECONDS = 3600.0
 REFUSED: frozenset[str] = frozenset({"no-capacity", "preempted", "lost", "quota"})
@@ -90,7 +92,7 @@ class LeastCost:
             spot_usd = there * spot_usd + (1 - there) * min(wait_usd, self._start_usd(situation))
         if spot_usd <= min(wait_usd, demand_usd) and best is not None:
             return Decision(best, _words("spot", costs))
-        if wait_usd < demand_usd and is_safe(situation, None):
+        if wait_usd < demand_usd * (1 - LEAST_SAVING) and is_safe(situation, None):
             return Decision(None, _words("wait", costs))
         return Decision(on_demand_pool(situation), _words("on-demand", costs))
 

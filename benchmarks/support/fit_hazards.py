@@ -92,7 +92,7 @@ def _by_capacity(ticks: Sequence[np.ndarray], markets: int, blocks: int) -> np.n
 
 def _smooth(likely: Any, switching: Any, weights: Any, inside: Any) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the markets in every block given all blocks, and how often which followed which. Forward, then backward."""
-    zones, blocks, markets = likely.shape
+    zones, blocks, _ = likely.shape
     seen = np.exp(np.clip(likely - likely.max(-1, keepdims=True), -30, 0))
     forward, scale = np.zeros_like(seen), np.ones((zones, blocks, 1))
     for block in range(blocks):
@@ -100,11 +100,12 @@ def _smooth(likely: Any, switching: Any, weights: Any, inside: Any) -> tuple[np.
         forward[:, block] = before * seen[:, block]
         scale[:, block] = forward[:, block].sum(-1, keepdims=True)
         forward[:, block] /= scale[:, block]
-    backward, moves = np.ones_like(seen), np.zeros((markets, markets))
+    backward, after = np.ones_like(seen), np.zeros_like(seen)
     for block in range(blocks - 2, -1, -1):
-        after = seen[:, block + 1] * backward[:, block + 1] / scale[:, block + 1]
-        backward[:, block] = after @ switching.T
-        moves += np.einsum("z,zk,zl->kl", inside[:, block + 1], forward[:, block], after) * switching
+        after[:, block + 1] = seen[:, block + 1] * backward[:, block + 1] / scale[:, block + 1]
+        backward[:, block] = after[:, block + 1] @ switching.T
+    after *= inside[..., None]
+    moves = np.tensordot(forward[:, :-1], after[:, 1:], axes=((0, 1), (0, 1))) * switching
     shares = forward * backward
     return shares / shares.sum(-1, keepdims=True), moves
 

@@ -140,6 +140,9 @@ def test_advice_that_is_refused_is_asked_for_once_an_hour_and_changes_nothing(gc
     driver = gce.driver()
     before = gce.calls["advice.capacity"]
     assert [offer.capacity_advice for offer in driver.offers() if offer.capacity_advice] == []
+    finding = examined(gce)["capacity advice"]
+    assert finding.ok and finding.detail.startswith("not used: ") and "compute.advice.capacity" in finding.detail
+    before += 1  # the examination's own
     driver.offers()
     assert gce.calls["advice.capacity"] == before + 1
 
@@ -205,6 +208,7 @@ def test_a_good_account_is_told_line_by_line(gce: GceEmulator) -> None:
         f"quota {IOWA}",
         f"quota {NETHERLANDS}",
         "prices",
+        "capacity advice",
     ]
     assert all(finding.ok for finding in found.values())
     assert "PREEMPTIBLE_CPUS 0 of 1000" in found[f"quota {IOWA}"].detail

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from holdfast.drivers.gcp.api import ComputeApi
@@ -52,25 +52,33 @@ class Wanted:
     gpus: int = 0
 
 
-def read_advice(api: ComputeApi, wanted: Sequence[Wanted]) -> dict[tuple[str, str], Advice]:
-    """By (machine type, zone). What is refused is left out: nothing is launched or priced by it."""
-    refused = False
+@dataclass(frozen=True, slots=True)
+class AllAdvice:
+    of: Mapping[tuple[str, str], Advice] = field(default_factory=dict)
+    """By (machine type, zone)."""
+    refusal: str = ""
+
+
+def read_advice(api: ComputeApi, wanted: Sequence[Wanted]) -> AllAdvice:
+    """What is refused is left out: nothing is launched by it."""
+    refusal = ""
 
     def ask(one: Wanted) -> Advice | None:
-        nonlocal refused
-        if refused:  # not for this project: not asked again for every other
+        nonlocal refusal
+        if refusal:  # not for this project: not asked again for every other
             return None
         try:
             return _ask(api, one)
         except HoldfastError as error:
-            refused = True
+            refusal = str(error)
             log.info("no capacity advice on %s in %s: %s", one.machine_type, one.zone, error)
             return None
 
     first = [ask(one) for one in wanted[:1]]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         answers = [*first, *pool.map(ask, wanted[1:])]
-    return {(one.machine_type, one.zone): advice for one, advice in zip(wanted, answers, strict=True) if advice}
+    found = {(one.machine_type, one.zone): advice for one, advice in zip(wanted, answers, strict=True) if advice}
+    return AllAdvice(found, refusal)
 
 
 def _ask(api: ComputeApi, one: Wanted) -> Advice | None:

@@ -108,6 +108,7 @@ def examine(driver: GcpDriver) -> Iterator[Finding]:
     for region in driver.config.regions:
         yield from _guarded(f"quota {region}", lambda region=region: _quotas(api, region))  # type: ignore[misc]
     yield from _guarded("prices", lambda: _prices(driver))
+    yield from _guarded("capacity advice", lambda: _advice(driver))
 
 
 def _guarded(subject: str, look: Callable[[], Finding]) -> Iterator[Finding]:
@@ -198,3 +199,10 @@ def _prices(driver: GcpDriver) -> Finding:
         ok=True,
         detail=f"from {driver.market.source}; cheapest: {cheapest.pool} at ${cheapest.usd_per_hour:.4f} per hour",
     )
+
+
+def _advice(driver: GcpDriver) -> Finding:
+    driver.offers()
+    advice = driver.market.advice
+    used = f"used to judge how soon spot machines are taken, on {len(advice.of)} pools"
+    return Finding(subject="capacity advice", ok=True, detail=f"not used: {advice.refusal}" if advice.refusal else used)

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.clock import Clock
-from holdfast.drivers.gcp.advice import Advice, Wanted, read_advice
+from holdfast.drivers.gcp.advice import AllAdvice, Wanted, read_advice
 from holdfast.drivers.gcp.api import PAGE, ComputeApi
 from holdfast.drivers.gcp.catalogue import (
     CURATED,
@@ -121,7 +121,7 @@ class Market:
         self._lock = threading.Lock()
         self._offers: list[Offer] = []
         self._read_at: datetime | None = None
-        self._advice: dict[tuple[str, str], Advice] = {}
+        self.advice = AllAdvice()
         self._advised_at: datetime | None = None
         self._wanted: list[Wanted] = []
         self.source = ""
@@ -148,9 +148,9 @@ class Market:
     def _advised(self, offer: Offer) -> Offer:
         """With what the cloud says of its capacity just now, where it says something."""
         if self._advised_at is None or self._clock.now() - self._advised_at >= ADVICE_FRESH:
-            self._advice = read_advice(self._api, self._wanted)
+            self.advice = read_advice(self._api, self._wanted)
             self._advised_at = self._clock.now()
-        advice = self._advice.get((offer.pool.instance_type, offer.pool.zone))
+        advice = self.advice.of.get((offer.pool.instance_type, offer.pool.zone))
         if advice is None or offer.pool.provisioning_model != "spot":
             return offer
         rate = round(advice.interruptions_per_hour(offer.interruptions_per_hour), 4)

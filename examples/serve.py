@@ -1,7 +1,8 @@
 """A model server out of the standard library: `POST /embed` with {"texts": [...]} answers {"vectors": [[...], ...]}.
 
-`GET /health` answers as soon as the model is loaded. Port: the first argument, else HOLDFAST_PORT, else 8000. The model is
-that of `embed.py`. On a fleet: `examples/serve.yaml`.
+`GET /health` answers as soon as the model is loaded. Port: the first argument, else HOLDFAST_PORT, else 8000. Address: the
+second, else loopback, which does where machines are one computer. The model is that of `embed.py`. On a fleet:
+`examples/serve.yaml`.
 """
 
 import json
@@ -58,4 +59,4 @@ if __name__ == "__main__":
     port = int(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("HOLDFAST_PORT", "8000"))
     Handler.encoder = load()
     print(f"serving on port {port}", flush=True)
-    Server(("", port), Handler).serve_forever()
+    Server((sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1", port), Handler).serve_forever()

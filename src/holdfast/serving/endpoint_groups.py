@@ -63,7 +63,7 @@ class EndpointGroupsBalancer:
         )
 
     def remove(self, endpoint: Endpoint) -> None:
-        """Compute Engine itself takes out the endpoints of an instance that is deleted."""
+        """Where it is still listed: of an instance that is deleted it may be gone already."""
         if name_of(endpoint.machine) in self._listed(endpoint.zone):
             self.drain(endpoint)
 

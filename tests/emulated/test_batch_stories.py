@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import flow
@@ -14,7 +15,7 @@ from flows.batch_inference import carry_out_batch
 from holdfast.drivers.local.config import Fate
 from holdfast.errors import ConfigError
 from holdfast.ledger.billing import add_usd
-from holdfast.model import Resources
+from holdfast.model import BatchJob, Resources
 from holdfast.supervision.batch_opening import open_batch_run
 from tests.emulated.runs import ACCOUNTS, BUCKET, SMALL, Account, Open, assert_nothing_left
 from tests.story.test_batch import assert_whole, batch_job, results
@@ -26,6 +27,16 @@ SCHEMES = {"aws": "s3", "gcp": "gs"}
 def opened(request: pytest.FixtureRequest, folder: Path, prefect_api: str) -> Iterator[Open]:
     with ExitStack() as stack:
         yield lambda *fates, **more: stack.enter_context(ACCOUNTS[request.param](folder, fates, **more))
+
+
+def carry(job: BatchJob, account: Account) -> dict[str, Any]:
+    run = open_batch_run(job, account.driver(), account.open_store(), None, "double")
+
+    @flow(name="test-batch")
+    def story() -> dict[str, Any]:
+        return carry_out_batch(run)
+
+    return story()
 
 
 def test_records_in_a_bucket_are_worked_on_by_machines_that_share_nothing_else(opened: Open, folder: Path) -> None:
@@ -41,13 +52,7 @@ def test_records_in_a_bucket_are_worked_on_by_machines_that_share_nothing_else(o
         seconds=0.7,
         machines=3,
     )
-    run = open_batch_run(job, account.driver(), store, None, "double")
-
-    @flow(name="test-batch")
-    def story() -> dict[str, object]:
-        return carry_out_batch(run)
-
-    summary = story()
+    summary = carry(job, account)
     assert_whole(summary, 200)
     assert results(store, "double") == {n: 2 * n for n in range(200)}
     assert summary["interruptions"] == 1 and summary["machines_launched"] >= 3
@@ -63,4 +68,8 @@ def test_what_machines_of_a_cloud_can_not_reach_is_refused_before_they_are_bough
     message = str(refused.value)
     assert f"inputs: {job.inputs[0]!r} is on this computer" in message and "name a bucket" in message
     assert "queue: sqlite:" in message and "leave it empty" in message
+    nothing = batch_job(folder, inputs=[f"{SCHEMES[account.name]}://{BUCKET}/team/nothing/*.jsonl"])
+    nothing = nothing.model_copy(update={"resources": Resources(instance_types=[SMALL[account.name]])})
+    with pytest.raises(ConfigError, match=r"nothing/.* names no file"):
+        carry(nothing, account)
     assert account.host.ids() == []

@@ -19,13 +19,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import grpc
-from google.api_core import exceptions as refusals
-from google.auth import exceptions as no_credentials
-from google.pubsub_v1 import PublisherClient, SubscriberClient
-from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
-from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
-
 from holdfast.errors import ConfigError, CredentialsError, TransientError
 from holdfast.queues.address import options_of, redacted
 from holdfast.queues.patience import OPENING_SECONDS, persist, poll
@@ -75,6 +68,12 @@ class PubSubQueue:
             threading.Thread(target=self._renew, name="pubsub", daemon=True).start()
 
     def _connect(self, emulator: str, credentials: Any) -> None:
+        import grpc
+        from google.auth import exceptions as no_credentials
+        from google.pubsub_v1 import PublisherClient, SubscriberClient
+        from google.pubsub_v1.services.publisher.transports import PublisherGrpcTransport
+        from google.pubsub_v1.services.subscriber.transports import SubscriberGrpcTransport
+
         try:
             if emulator:
                 self._publisher = PublisherClient(
@@ -114,6 +113,8 @@ class PubSubQueue:
         return f"projects/{self._project}/subscriptions/{self._name}{kind}"
 
     def _unless_there(self, create: Callable[[], Any]) -> None:
+        from google.api_core import exceptions as refusals
+
         try:
             create()
         except refusals.AlreadyExists:
@@ -249,6 +250,9 @@ class PubSubQueue:
         return persist(lambda: self._translated(call))
 
     def _translated(self, call: Callable[[], T]) -> T:
+        from google.api_core import exceptions as refusals
+        from google.auth import exceptions as no_credentials
+
         try:
             return call()
         except refusals.NotFound as error:
@@ -265,7 +269,9 @@ class PubSubQueue:
         except refusals.GoogleAPICallError as error:
             raise ConfigError(f"queue {self.url}: Pub/Sub refuses: {error}") from error
 
-    def _remake(self, error: refusals.NotFound) -> None:
+    def _remake(self, error: Exception) -> None:
+        from google.api_core import exceptions as refusals
+
         try:
             self._make()
         except refusals.NotFound:

@@ -12,15 +12,15 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import amqp
-from amqp import exceptions as refusals
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.errors import ConfigError, TransientError
 from holdfast.queues.address import PASSWORD_VARIABLE, ServerAddress
 from holdfast.queues.patience import OPENING_SECONDS, persist, poll
 from holdfast.queues.protocol import Depth, Lease
+
+if TYPE_CHECKING:
+    import amqp
 
 ANSWER_SECONDS = 20.0
 """A server that takes longer is away."""
@@ -154,6 +154,8 @@ class RabbitQueue:
 
     def _look(self) -> None:
         """What the server said meanwhile. A connection that broke is noticed here, and its leases are lost."""
+        import amqp
+
         if not self._connection:
             return
         try:
@@ -172,6 +174,9 @@ class RabbitQueue:
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def _on_channel(self, act: Callable[[amqp.Channel], T]) -> T:
+        import amqp
+        from amqp import exceptions as refusals
+
         with self._lock:
             try:
                 if not self._connection:
@@ -200,6 +205,8 @@ class RabbitQueue:
                 raise TransientError(f"queue {self.url}: no answer from a RabbitMQ there: {error!r}") from error
 
     def _connect(self) -> None:
+        import amqp
+
         address = self._address
         secure = {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": address.host}
         host = f"[{address.host}]" if ":" in address.host else address.host
@@ -234,6 +241,8 @@ class RabbitQueue:
 
     def _publish(self, channel: amqp.Channel, messages: list[tuple[str, bytes, dict[str, Any]]]) -> None:
         """Queue, body, headers. What the server holds is taken out of `messages`."""
+        import amqp
+
         while messages:
             chunk = messages[:UNCONFIRMED]
             for name, body, headers in chunk:

@@ -17,8 +17,6 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-import redis
-
 from holdfast.errors import ConfigError, TransientError
 from holdfast.queues.address import PASSWORD_VARIABLE, ServerAddress
 from holdfast.queues.patience import OPENING_SECONDS, persist, poll
@@ -116,6 +114,8 @@ log = logging.getLogger(__name__)
 
 class RedisQueue:
     def __init__(self, url: str, name: str, visibility_seconds: float, max_deliveries: int) -> None:
+        import redis
+
         address = ServerAddress.parse(url, 6379)
         self.url = address.shown
         number = address.path.strip("/")
@@ -143,6 +143,8 @@ class RedisQueue:
 
     def _look(self) -> None:
         """Is it there, does it let us in, and does it keep what it is given?"""
+        import redis
+
         version = str(self._client.info("server").get("redis_version", "0"))
         if version.startswith(("1.", "2.", "3.", "4.")):
             raise ConfigError(
@@ -211,6 +213,8 @@ class RedisQueue:
         return persist(lambda: self._translated(lambda: self._scripts[verb](keys=self._keys, args=arguments)))
 
     def _translated(self, call: Callable[[], T]) -> T:
+        import redis
+
         try:
             return call()
         except redis.AuthenticationError as error:

@@ -21,10 +21,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import boto3
-import botocore.exceptions as refusals
-from botocore.config import Config
-
 from holdfast.errors import ConfigError, CredentialsError, TransientError
 from holdfast.queues.address import options_of, redacted
 from holdfast.queues.patience import OPENING_SECONDS, persist, poll
@@ -59,6 +55,9 @@ class SqsQueue:
     def __init__(
         self, url: str, name: str, visibility_seconds: float, max_deliveries: int, credentials: Any = None
     ) -> None:
+        import boto3
+        from botocore.config import Config
+
         self.url, parts = redacted(url), urlsplit(url)
         options = options_of(url, ("endpoint",))
         if not re.fullmatch(r"[a-z]{2,}(-[a-z]+)+-\d+", parts.netloc) or parts.path.strip("/"):
@@ -250,6 +249,8 @@ class SqsQueue:
         return list(self._pool.map(act, all)) if len(all) > 1 else [act(one) for one in all]
 
     def _translated(self, call: Callable[[], T]) -> T:
+        import botocore.exceptions as refusals
+
         try:
             return call()
         except refusals.ClientError as error:

@@ -135,7 +135,8 @@ def test_the_wheel_holds_the_library_and_nothing_of_the_application() -> None:
     assert {name.partition(".")[0] for name in shipped} == {"holdfast"}
     assert {path.parent for path in sources("holdfast")} == {SOURCES / name.replace(".", "/") for name in shipped}
     scripts = {path.relative_to(SOURCES) for path in SOURCES.rglob("*.sh")}
-    assert scripts == {Path("holdfast/runtime/startup.sh")} and tool["package-data"] == {"holdfast.runtime": ["*.sh"]}
+    assert scripts == {Path("holdfast/runtime/startup.sh")}
+    assert tool["package-data"] == {"holdfast.runtime": ["*.sh"], "holdfast.market": ["*.csv"]}
 
 
 @pytest.mark.parametrize("package", ["flows", "tasks", "blocks"])

@@ -138,10 +138,10 @@ def batch_demo_command(options: argparse.Namespace) -> int:
     with prefect_server():
         from blocks.accounts import LocalAccount
         from flows.batch_inference import batch_inference
-        from flows.demo import BATCH_DEMO_ACCOUNT, BATCH_DEMO_SIZE, batch_demo_account, write_documents
+        from flows.demo import BATCH_DEMO_ACCOUNT, BATCH_DEMO_CHANGES, batch_demo_account, write_documents
 
         path, number = write_documents(options.documents)
-        job = job.model_copy(update={"inputs": [str(path)], "batch_size": BATCH_DEMO_SIZE})
+        job = job.model_copy(update={"inputs": [str(path)], **BATCH_DEMO_CHANGES})
         LocalAccount.register_type_and_schema()
         batch_demo_account(options.seed, number).save(BATCH_DEMO_ACCOUNT, overwrite=True)
         _show(batch_inference(job, account=BATCH_DEMO_ACCOUNT))

@@ -33,8 +33,8 @@ def demo_account(seed: int) -> LocalAccount:
 
 
 BATCH_DEMO_ACCOUNT = "demo-batch"
-BATCH_DEMO_SIZE = 20
-"""Of a batch: small, so that there is something to see on a slow computer."""
+BATCH_DEMO_CHANGES = {"batch_size": 20, "visibility_seconds": 30.0}
+"""Batches so small that there is something to see on a slow computer, and soon another's when their machine has died."""
 
 
 def batch_demo_account(seed: int, documents: int) -> LocalAccount:

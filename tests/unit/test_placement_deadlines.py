@@ -205,3 +205,18 @@ def decisions_of(policy: Policy, job: Setting, record: bytes) -> list[tuple[floa
     recorder = Recorder(policy, [])
     play(recorder, job, [record], 0)
     return recorder.decisions
+
+
+def test_a_pool_that_nobody_has_asked_lately_is_not_worth_leaving_a_machine_for_at_once() -> None:
+    asked = situation(1.0, current=1)
+    asked.sees_all = False
+    asked.pools[0].available, asked.pools[0].since_seconds = False, 0.0
+    policy = LeastCost(FITTED)
+    policy.decide(asked)
+    asked.now_seconds, asked.pools[0].available = 60.0, True  # a hope
+    asked.deadline_seconds = 21 * HOUR
+    assert policy.decide(asked).pool == 1
+    asked.now_seconds = 600.0
+    asked.sees_all = True
+    asked.deadline_seconds = 32 * HOUR
+    assert policy.decide(asked).pool == 0

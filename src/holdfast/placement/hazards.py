@@ -181,6 +181,18 @@ class Belief:
         """Probability that the present stretch ends within this time."""
         return float(1.0 - (self._lasts(seconds) * self._weights).sum())
 
+    def changed_by(self, now_seconds: float) -> float:
+        """Probability that the stretch which was last seen has ended since."""
+        return self.changed_within(max(0.0, now_seconds - self._seen_seconds))
+
+    def changed(self) -> Belief:
+        """Another, as if the present stretch had just ended."""
+        other = Belief.__new__(Belief)
+        other._library, other._state, other._seen_seconds = self._library, 1 - self._state, self._seen_seconds
+        other._age, other._ages, other._bins = 0.0, self._ages, 0
+        other._weights = self._weights if self._age is not None else self._weights.sum(axis=0)
+        return other
+
     def _lasts(self, seconds: float) -> Any:
         """Probability that the present stretch lasts so much longer, in the shape of the weights."""
         import numpy as np

@@ -20,8 +20,6 @@ MOVE_PAYS = 2.0
 LEAST_SAVING = 1e-4
 """To wait is worth it for more than rounding: else it is better to have done something."""
 SETTLED_TICKS = 4
-SPOT_MAY_BE_BACK_SECONDS = 3600.0
-REFUSED: frozenset[str] = frozenset({"no-capacity", "preempted", "lost", "quota"})
 
 
 class LeastCost:
@@ -69,7 +67,8 @@ class LeastCost:
             self._settled_seconds = -math.inf
             return False
         if situation.now_seconds - self._settled_seconds < SETTLED_TICKS * situation.tick_seconds - 1e-6:
-            self._untold = (False, situation.now_seconds)
+            if situation.sees_all:
+                self._untold = (False, situation.now_seconds)
             return True
         self._settled_seconds = situation.now_seconds
         return False
@@ -84,12 +83,12 @@ class LeastCost:
             return Decision(
                 best, "spot is to be had, and there is no hurry" if best is not None else "waiting for spot"
             )
-        costs = self._costs(situation, best)
+        assert self._any is not None
+        if best is None or self._any.available:
+            costs = self._costs(situation, best, self._any)
+        else:
+            costs = self._hoped(situation, best, self._any)
         wait_usd, spot_usd, demand_usd = costs
-        if current is not None and best is not None and not situation.sees_all:
-            # To ask means to leave this machine; when there is nothing, the run stands where it would without one.
-            there = self._is_back(best)
-            spot_usd = there * spot_usd + (1 - there) * min(wait_usd, self._start_usd(situation))
         if spot_usd <= min(wait_usd, demand_usd) and best is not None:
             return Decision(best, _words("spot", costs))
         if wait_usd < demand_usd * (1 - LEAST_SAVING) and is_safe(situation, None):
@@ -98,10 +97,21 @@ class LeastCost:
 
     # -- what it will cost --------------------------------------------------------------------------------------------
 
-    def _costs(self, situation: Situation, spot: int | None) -> tuple[float, float, float]:
+    def _hoped(self, situation: Situation, spot: int, belief: Belief) -> tuple[float, float, float]:
+        """The same of a pool that had nothing when it was last asked. Who has no machine asks for nothing.
+
+        To ask on demand means to leave that machine; where there is nothing, the run stands as if it had none.
+        """
+        there = self._costs(situation, spot, belief.changed())
+        if situation.current is None:
+            return there
+        wait_usd, _, demand_usd = self._costs(situation, None, belief)
+        chance = (self._each[spot] or belief).changed_by(situation.now_seconds)
+        else_usd = min(wait_usd, self._start_usd(situation, belief))
+        return wait_usd, chance * there[1] + (1 - chance) * else_usd, demand_usd
+
+    def _costs(self, situation: Situation, spot: int | None, belief: Belief) -> tuple[float, float, float]:
         """Expected dollars from now on: of waiting, of spot, of on-demand."""
-        belief = self._any
-        assert belief is not None
         found = self._table(situation)
         step = found.step_seconds
         slack = situation.slack_seconds / step
@@ -119,27 +129,26 @@ class LeastCost:
                 spot_usd += situation.move_usd
         if situation.current is not None:
             slack -= situation.pending_seconds / step
-            demand_usd = self._on_demand_usd(situation, slack, found, place, state, on_demand)
         else:
-            demand_usd = self._on_demand_usd(situation, slack - restart, found, place, state, on_demand)
+            slack -= restart
+        demand_usd = self._on_demand_usd(situation, slack, found, place, state, on_demand, belief)
         return wait_usd, spot_usd, demand_usd
 
     def _on_demand_usd(
-        self, situation: Situation, slack: float, found: Tables, place: int, state: int, usd: float
+        self, situation: Situation, slack: float, found: Tables, place: int, state: int, usd: float, belief: Belief
     ) -> float:
-        assert self._any is not None
         if slack < 0:
             pending = situation.pending_seconds if situation.current is not None else situation.restart_seconds
             return usd * math.ceil((situation.work_left_seconds + pending) / found.step_seconds - 1e-9)
-        return usd + self._any.expected(found.on_demand[place, state], *found.among(slack))
+        return usd + belief.expected(found.on_demand[place, state], *found.among(slack))
 
-    def _start_usd(self, situation: Situation) -> float:
+    def _start_usd(self, situation: Situation, belief: Belief) -> float:
         """Of on-demand, when the machine in use has been left."""
         found = self._table(situation)
         usd = situation.pools[on_demand_pool(situation)].usd_per_hour * found.step_seconds / 3600
         place = found.place(situation.deadline_seconds - situation.now_seconds)
         slack = (situation.slack_seconds - situation.restart_seconds) / found.step_seconds
-        return self._on_demand_usd(situation, slack, found, place, 0, usd)
+        return self._on_demand_usd(situation, slack, found, place, 0, usd, belief)
 
     def _table(self, situation: Situation) -> Tables:
         """For these restarts and prices, or such that differ little."""
@@ -187,13 +196,23 @@ class LeastCost:
             self._any.saw(*self._untold)
             self._untold = None
         known = [index for index in spot if situation.sees_all or self._is_known(situation, index)]
-        if known:
-            there = any(pools[index].available or index == situation.current for index in known)
-            if there or len(known) == len(spot):
-                self._any.saw(there, now)
-            for index in known:
-                if (belief := self._each[index]) is not None:
-                    belief.saw(pools[index].available or index == situation.current, now)
+        if not known:
+            return
+        current = situation.current
+        there = any(pools[index].available or index == current for index in known)
+        when = {index: self._when(situation, index) for index in known}
+        if there or len(known) == len(spot):
+            self._any.saw(there, now if there else max(when.values()))
+        for index in known:
+            if (belief := self._each[index]) is not None:
+                belief.saw(pools[index].available or index == current, when[index])
+
+    def _when(self, situation: Situation, index: int) -> float:
+        """That a pool has nothing is known from when it was asked, unless all is seen."""
+        pool = situation.pools[index]
+        if situation.sees_all or pool.available or index == situation.current:
+            return situation.now_seconds
+        return min(situation.now_seconds, pool.since_seconds)
 
     def _first(self, situation: Situation, spot: list[int], index: int | None) -> Belief:
         now = situation.now_seconds
@@ -212,12 +231,6 @@ class LeastCost:
             return True
         pool = situation.pools[index]
         return not pool.available
-
-    def _is_back(self, index: int) -> float:
-        """Probability that a pool gives a machine that nobody has asked lately."""
-        belief = self._each[index] or self._any
-        assert belief is not None
-        return 1.0 if belief.available else belief.changed_within(SPOT_MAY_BE_BACK_SECONDS)
 
     # -- which pool ---------------------------------------------------------------------------------------------------
 

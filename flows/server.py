@@ -16,7 +16,7 @@ from pathlib import Path
 from holdfast.errors import ConfigError
 
 HOME = Path(".holdfast/prefect")
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",

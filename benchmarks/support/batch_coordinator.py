@@ -22,13 +22,16 @@ from holdfast.storage import DirectoryStore
 NAME, PREFIX = "batch", "runs/batch"
 VISIBILITY_SECONDS = 15.0
 """A fortieth of the default: forty times its extensions."""
+UNEXTENDED_VISIBILITY_SECONDS = 600.0
+"""The default, where nothing is extended: a thread that waits for its turn may wait for longer than 15 s."""
 LOOK_SECONDS = 5.0
 WARM_BATCHES = 2
 BODY = json.dumps({"id": "0" * 16, "index": 0, "source": "s3://bucket/documents/part-00000.jsonl", "pad": "x" * 200})
 
 
 class Coordinator:
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, visibility_seconds: float) -> None:
+        self._visibility_seconds = visibility_seconds
         self._folder, self._store = folder, DirectoryStore(folder / "store")
         self._url = f"sqlite://{folder}/queue.db"
         self._stop, self._start = threading.Event(), threading.Event()
@@ -39,7 +42,7 @@ class Coordinator:
         self._queues = [self.open() for _ in range(workers)]
 
     def open(self) -> Queue:
-        return open_queue(self._url, NAME, visibility_seconds=VISIBILITY_SECONDS)
+        return open_queue(self._url, NAME, visibility_seconds=self._visibility_seconds)
 
     @contextmanager
     def _timed(self, verb: str) -> Any:
@@ -161,12 +164,14 @@ class Coordinator:
 
 def coordinate(folder: str, workers: int, batch_seconds: float, seconds: float, batches: int) -> dict[str, Any]:
     """`batches`: in the queue at the beginning. Once paced, once as fast as it goes."""
-    coordinator = Coordinator(Path(folder), workers)
+    coordinator = Coordinator(Path(folder), workers, VISIBILITY_SECONDS)
     queue = coordinator.open()
     queue.put([BODY.encode()] * batches)
     paced = coordinator.run(batch_seconds, seconds)
     left = queue.depth()
     exact = left.waiting + left.leased == batches - coordinator.acknowledged
+    coordinator.close()
+    coordinator = Coordinator(Path(folder), workers, UNEXTENDED_VISIBILITY_SECONDS)
     unpaced = coordinator.run(0.0, seconds / 2)
     left_again = queue.depth()
     exact &= left_again.waiting + left_again.leased == left.waiting + left.leased - coordinator.acknowledged

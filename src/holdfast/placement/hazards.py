@@ -167,11 +167,11 @@ class Belief:
 
     def expected(self, values: Any, low: int, share: float) -> float:
         """Of values of shape (bins, slacks, markets), between slack number `low` and the next."""
-        below, above = values[self._bins, low], values[self._bins, low + 1]
         if self._age is None:
+            below, above = values[self._bins, low], values[self._bins, low + 1]
             return float((self._weights * (below + share * (above - below))).sum())
-        under = float(below.dot(self._weights))
-        return under + share * (float(above.dot(self._weights)) - under) if share else under
+        under, over = values[self._bins, low : low + 2].dot(self._weights).tolist()
+        return under + share * (over - under)
 
     def rate_per_second(self) -> float:
         """At which the present stretch ends."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from holdfast.errors import OverBudgetError
 from holdfast.ledger.budget import Budget, BudgetLedger, Standing
@@ -117,6 +121,40 @@ def test_a_crash_at_any_call_leaves_the_reservation_made_or_not_made(store: Dire
         BudgetLedger(FailingStore(store, at=[at]), TEN).reserve("run-1", 2.0, NOW)
     BudgetLedger(store, TEN).reserve("run-1", 2.0, NOW)
     assert BudgetLedger(store, TEN).standing() == Standing(0.0, {"run-0": 1.0, "run-1": 2.0})
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "c", "d", "e"]),
+            st.floats(0.0, 6.0),
+            st.integers(1, 3),
+            st.floats(0.0, 8.0),
+            st.floats(0.0, 1.0) | st.none(),
+        ),
+        max_size=15,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_runs_ask_for_and_use_no_cap_is_passed(
+    asked: list[tuple[str, float, int, float, float | None]],
+) -> None:
+    """Each asks for dollars, machines and hours, or settles a part of what it had been given."""
+    cap = Budget(name="team", max_usd=10.0, max_machines=5, max_machine_hours=12.0)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = BudgetLedger(DirectoryStore(Path(folder)), cap)
+        for token, usd, machines, hours, used in asked:
+            before = ledger.standing()
+            if used is not None:
+                given = before.reserved_usd.get(token, 0.0), before.reserved_hours.get(token, 0.0)
+                ledger.settle(token, given[0] * used, NOW, hours=given[1] * used)
+            else:
+                with contextlib.suppress(OverBudgetError):
+                    ledger.reserve(token, usd, NOW, machines=machines, hours=hours)
+            now = ledger.standing()
+            assert now.committed_usd <= cap.max_usd + 1e-6
+            assert now.machines <= cap.max_machines
+            assert now.committed_hours <= 12.0 + 1e-6
 
 
 def test_the_caps_hold_with_processes_racing_for_the_last_dollar(store: DirectoryStore) -> None:

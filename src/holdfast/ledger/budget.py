@@ -70,7 +70,8 @@ class BudgetLedger:
             standing = _standing(entries)
             had = standing.reserved_usd.get(token)
             had_hours = standing.reserved_hours.get(token, 0.0)
-            if had is not None and had >= usd and had_hours >= hours:
+            had_machines = 0 if had is None else standing.fleets.get(token, 1)
+            if had is not None and had >= usd and had_hours >= hours and had_machines >= machines:
                 return None
             cap = self._budget
             of_others = standing.committed_usd - (had or 0.0)
@@ -83,13 +84,14 @@ class BudgetLedger:
                 )
             if why := _why_too_long(cap, standing, hours, had_hours):
                 raise OverBudgetError(why)
-            if had is None and standing.machines + machines > cap.max_machines:
+            if machines > had_machines and standing.machines - had_machines + machines > cap.max_machines:
                 too_many = "which is max_machines" if machines == 1 else f"{machines} more would pass max_machines"
                 raise OverBudgetError(
                     f"budget {cap.name!r}: {standing.machines} machines live, {too_many}"
                     f"{'' if machines == 1 else f', {cap.max_machines}'}; wait for one to end, or raise it"
                 )
-            more = {"machines": machines} if machines != 1 else {}
+            machines_in_all = max(machines, had_machines)
+            more = {"machines": machines_in_all} if machines_in_all != 1 else {}
             more |= {"hours": max(hours, had_hours)} if hours or had_hours else {}
             return "reserved", now, {"token": token, "usd": max(usd, had or 0.0), **more}
 

@@ -315,7 +315,8 @@ def test_every_call_of_a_launch_is_among_the_permissions_that_are_examined(gce: 
     driver.check()
     list(driver.examine())
     needed = {name for method in gce.calls for name in PERMISSIONS[method]}
-    assert needed - set(EXAMINED) == set()
+    own_line = {"compute.advice.capacity"}  # of the examination: runs do without it
+    assert needed - set(EXAMINED) == own_line
 
 
 def test_scheduling_of_the_client_knows_the_notice() -> None:

@@ -97,7 +97,7 @@ def assert_nothing_left(driver: LocalDriver) -> None:
     assert [process for machine in machines for process in marked(machine.id)] == []
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 180.0) -> None:
     give_up_at = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up_at, "timed out"

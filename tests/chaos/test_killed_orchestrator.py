@@ -94,7 +94,7 @@ def start_orchestrator(folder: Path, api: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+def wait_until(condition, process: subprocess.Popen[str], seconds: float = 180.0) -> None:
     give_up_at = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()

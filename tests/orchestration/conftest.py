@@ -103,7 +103,7 @@ class Platform:
         return command_lines_with(f"{self.folder}/.holdfast/clouds")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 180.0, what: str = "") -> Any:
     """What `condition` says, as soon as it is something."""
     give_up_at = time.monotonic() + seconds
     while not (found := condition()):

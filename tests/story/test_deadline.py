@@ -62,7 +62,7 @@ def test_while_there_is_slack_it_waits_for_spot_and_then_goes_on_demand_in_time(
 
 def test_spot_that_goes_for_good_is_left_in_time_and_the_deadline_is_kept(folder: Path, store: DirectoryStore) -> None:
     """Boots are calibrated as taking 12 s of the wall, so that a slow computer is in time too."""
-    market = TimedMarket(outages=[Outage(start_seconds=150, end_seconds=1e6)], notice_seconds=100.0)
+    market = TimedMarket(outages=[Outage(start_seconds=100, end_seconds=1e6)], notice_seconds=50.0)
     driver = LocalDriver(LocalCloudConfig(root=folder / "cloud", clock_speed=20.0, market=market))
     measured = Measurement(
         cloud="local", instance_type="c7i.large", step_seconds=2.0, boot_seconds=240.0, stop_seconds=40.0, steps=60

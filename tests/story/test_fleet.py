@@ -269,7 +269,7 @@ def test_an_interrupted_fleet_ends_its_machines_settles_and_publishes(
     started = orchestrator(folder, prefect_api, fleet_job(folder, "stopped", seconds=120, machines=3), "interrupted")
     wait_until(lambda: len(notes(folder, "begun", "stopped")) == 3)
     os.kill(started.pid, signal.SIGINT)
-    output, _ = started.communicate(timeout=60)
+    output, _ = started.communicate(timeout=180)
     assert started.returncode not in (0, None) and "Traceback" not in output, output
     summary = json.loads((folder / ".holdfast/runs/stopped/summary.json").read_text())
     assert summary["state"] == "cancelled"

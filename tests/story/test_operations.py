@@ -62,7 +62,7 @@ class Orchestrator:
 
     def end(self, number: int) -> str:
         os.kill(self.process.pid, number)
-        return self.process.communicate(timeout=60)[0]
+        return self.process.communicate(timeout=180)[0]
 
 
 @pytest.fixture

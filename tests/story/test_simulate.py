@@ -109,12 +109,14 @@ def test_a_profile_and_the_history_of_the_store_are_used(folder: Path, capsys: p
 
 def test_the_flow_publishes_the_study(folder: Path, store: DirectoryStore) -> None:
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
     job: TrainingJob = load_job(job_file(folder, work_hours=20, name="published"))
     told = simulate(job, trace=str(trace_file(folder)), runs=20)
     assert told["sentence"].endswith("never late")
     with get_client(sync_client=True) as client:
-        artifacts = client.read_artifacts(limit=200)
-    ours = [one for one in artifacts if (one.key or "").startswith("simulation-published-")]
+        ours = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(like_="simulation-published-%"))
+        )
     assert sorted(str(one.type) for one in ours) == ["image", "markdown"]
     assert any(told["sentence"] in str(one.data) for one in ours)

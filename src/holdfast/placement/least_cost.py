@@ -8,6 +8,7 @@ may be taken.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from holdfast.placement.hazards import Belief, Library
 from holdfast.placement.situation import Decision, Situation, is_safe, on_demand_pool
@@ -34,8 +35,10 @@ class LeastCost:
         """Of all spot pools together."""
         self._each: list[Belief | None] = []
         self._last_spot: int | None = None
-        self._settled_seconds = -math.inf
-        """When it was last decided to stay on demand, since there was spot."""
+        self._settled: tuple[bool, float] | None = None
+        """Of the last decision to go on as it is, without spot: is that without a machine, and when was it?"""
+        self._is_clear = False
+        """Was on-demand expected to cost more by a whole tick of it? Then it will in the next ticks too."""
         self._untold: tuple[bool, float] | None = None
         """What was last seen of the spot pools together, and when, where no decision was to be made of it."""
 
@@ -46,32 +49,37 @@ class LeastCost:
             self._last_spot = current
             # A machine that trains is left for no reason but a cheaper one, or a deadline that another tick would break.
             if len(pools) == 2 and self._any is not None and is_safe(situation, current):
-                self._untold = (True, situation.now_seconds)
+                self._untold, self._settled = (True, situation.now_seconds), None
                 return Decision(current, "spot while it lasts")
+            self._settled = None
         spot = [index for index, pool in enumerate(pools) if pool.spot]
         if not spot:
             return Decision(on_demand_pool(situation), "there is no spot pool")
-        if self._goes_on(situation, spot):
-            assert current is not None
-            return Decision(current, "on-demand while there is no spot")
+        if (decision := self._goes_on(situation, spot)) is not None:
+            return decision
         self._look(situation, spot)
         decision = self._choose(situation, spot)
-        if is_safe(situation, decision.pool):
-            return decision
-        return Decision(on_demand_pool(situation), "the slack is used up")
+        if not is_safe(situation, decision.pool):
+            return Decision(on_demand_pool(situation), "the slack is used up")
+        stays = decision.pool == current if current is not None else self._is_clear
+        self._settled = (current is None, situation.now_seconds) if stays else None
+        return decision
 
-    def _goes_on(self, situation: Situation, spot: list[int]) -> bool:
-        """On demand, and there is no spot: whether to wait without a machine is asked again now and then only."""
-        current = situation.current
-        if current is None or situation.pools[current].spot or any(situation.pools[index].available for index in spot):
-            self._settled_seconds = -math.inf
-            return False
-        if situation.now_seconds - self._settled_seconds < SETTLED_TICKS * situation.tick_seconds - 1e-6:
-            if situation.sees_all:
-                self._untold = (False, situation.now_seconds)
-            return True
-        self._settled_seconds = situation.now_seconds
-        return False
+    def _goes_on(self, situation: Situation, spot: list[int]) -> Decision | None:
+        """While there is no spot, whether to be on demand or without a machine is asked again now and then only."""
+        current, now = situation.current, situation.now_seconds
+        if self._settled is None or self._settled[0] != (current is None):
+            return None
+        if now - self._settled[1] >= SETTLED_TICKS * situation.tick_seconds - 1e-6:
+            return None
+        pool, words = current, "on-demand while there is no spot" if current is not None else "waiting for spot"
+        if any(situation.pools[index].available for index in spot):
+            if situation.sees_all or current is not None or len(spot) > 1:
+                return None
+            pool, words = spot[0], "asking for spot again"
+        elif situation.sees_all or current is None:
+            self._untold = (False, max(self._when(situation, index) for index in spot))
+        return Decision(pool, words) if is_safe(situation, pool) else None
 
     def _choose(self, situation: Situation, spot: list[int]) -> Decision:
         pools, current = situation.pools, situation.current
@@ -84,71 +92,58 @@ class LeastCost:
                 best, "spot is to be had, and there is no hurry" if best is not None else "waiting for spot"
             )
         assert self._any is not None
-        if best is None or self._any.available:
-            costs = self._costs(situation, best, self._any)
+        now = self._now(situation)
+        if best is not None and self._any.available:  # beside spot that is there, no tick is idle
+            costs = math.inf, self._spot_usd(now, best, self._any), _demand_usd(now, 1, self._any)
+        elif best is not None:
+            costs = self._hoped(now, best, self._any)
         else:
-            costs = self._hoped(situation, best, self._any)
+            costs = _wait_usd(now, self._any), math.inf, _demand_usd(now, 0, self._any)
         wait_usd, spot_usd, demand_usd = costs
-        if spot_usd <= min(wait_usd, demand_usd) and best is not None:
+        self._is_clear = min(wait_usd, spot_usd) < demand_usd - now.on_demand_usd
+        if best is not None and spot_usd <= min(wait_usd, demand_usd):
             return Decision(best, _words("spot", costs))
         if wait_usd < demand_usd * (1 - LEAST_SAVING) and is_safe(situation, None):
             return Decision(None, _words("wait", costs))
-        return Decision(on_demand_pool(situation), _words("on-demand", costs))
+        return Decision(now.on_demand, _words("on-demand", costs))
 
     # -- what it will cost --------------------------------------------------------------------------------------------
 
-    def _hoped(self, situation: Situation, spot: int, belief: Belief) -> tuple[float, float, float]:
-        """The same of a pool that had nothing when it was last asked. Who has no machine asks for nothing.
+    def _now(self, situation: Situation) -> _Now:
+        found, on_demand = self._table(situation), on_demand_pool(situation)
+        step = found.step_seconds
+        return _Now(
+            situation,
+            found,
+            found.place(situation.deadline_seconds - situation.now_seconds),
+            situation.slack_seconds / step,
+            situation.restart_seconds / step,
+            on_demand,
+            situation.pools[on_demand].usd_per_hour * step / 3600,
+        )
+
+    def _hoped(self, now: _Now, spot: int, belief: Belief) -> tuple[float, float, float]:
+        """The costs of a pool that had nothing when it was last asked. Who has no machine asks for nothing.
 
         To ask on demand means to leave that machine; where there is nothing, the run stands as if it had none.
         """
-        there = self._costs(situation, spot, belief.changed())
-        if situation.current is None:
-            return there
-        wait_usd, _, demand_usd = self._costs(situation, None, belief)
-        chance = (self._each[spot] or belief).changed_by(situation.now_seconds)
-        else_usd = min(wait_usd, self._start_usd(situation, belief))
-        return wait_usd, chance * there[1] + (1 - chance) * else_usd, demand_usd
+        wait_usd, demand_usd = _wait_usd(now, belief), _demand_usd(now, 0, belief)
+        there_usd = self._spot_usd(now, spot, belief.changed())
+        if now.situation.current is None:
+            return wait_usd, there_usd, demand_usd
+        chance = (self._each[spot] or belief).changed_by(now.situation.now_seconds)
+        else_usd = min(wait_usd, _demand_usd(now, 0, belief, leaving=True))
+        return wait_usd, chance * there_usd + (1 - chance) * else_usd, demand_usd
 
-    def _costs(self, situation: Situation, spot: int | None, belief: Belief) -> tuple[float, float, float]:
-        """Expected dollars from now on: of waiting, of spot, of on-demand."""
-        found = self._table(situation)
-        step = found.step_seconds
-        slack = situation.slack_seconds / step
-        restart = situation.restart_seconds / step
-        on_demand = situation.pools[on_demand_pool(situation)].usd_per_hour * step / 3600
-        time_left = situation.deadline_seconds - situation.now_seconds
-        place, state = found.place(time_left), int(spot is not None)
-        wait_usd = spot_usd = math.inf
-        if slack >= 1.0:
-            wait_usd = belief.expected(found.on_none[place, state], *found.among(slack - 1.0))
-        if slack >= restart and spot is not None:
-            usd = situation.pools[spot].usd_per_hour * step / 3600
-            spot_usd = usd + belief.expected(found.on_spot[place], *found.among(slack - restart))
-            if self._last_spot is not None and spot != self._last_spot:
-                spot_usd += situation.move_usd
-        if situation.current is not None:
-            slack -= situation.pending_seconds / step
-        else:
-            slack -= restart
-        demand_usd = self._on_demand_usd(situation, slack, found, place, state, on_demand, belief)
-        return wait_usd, spot_usd, demand_usd
-
-    def _on_demand_usd(
-        self, situation: Situation, slack: float, found: Tables, place: int, state: int, usd: float, belief: Belief
-    ) -> float:
+    def _spot_usd(self, now: _Now, spot: int, belief: Belief) -> float:
+        """Of a machine of that pool, launched now, and all after it."""
+        slack = now.slack_steps - now.restart_steps
         if slack < 0:
-            pending = situation.pending_seconds if situation.current is not None else situation.restart_seconds
-            return usd * math.ceil((situation.work_left_seconds + pending) / found.step_seconds - 1e-9)
-        return usd + belief.expected(found.on_demand[place, state], *found.among(slack))
-
-    def _start_usd(self, situation: Situation, belief: Belief) -> float:
-        """Of on-demand, when the machine in use has been left."""
-        found = self._table(situation)
-        usd = situation.pools[on_demand_pool(situation)].usd_per_hour * found.step_seconds / 3600
-        place = found.place(situation.deadline_seconds - situation.now_seconds)
-        slack = (situation.slack_seconds - situation.restart_seconds) / found.step_seconds
-        return self._on_demand_usd(situation, slack, found, place, 0, usd, belief)
+            return math.inf
+        usd = now.situation.pools[spot].usd_per_hour * now.found.step_seconds / 3600
+        if self._last_spot is not None and spot != self._last_spot:
+            usd += now.situation.move_usd
+        return usd + belief.expected(now.found.on_spot[now.place], *now.found.among(slack))
 
     def _table(self, situation: Situation) -> Tables:
         """For these restarts and prices, or such that differ little."""
@@ -258,6 +253,37 @@ class LeastCost:
         if (here - there) * lasts / 3600 > MOVE_PAYS * (costs + situation.move_usd):
             return Decision(best, "a cheaper spot pool, by more than the move costs")
         return Decision(current, "spot while it lasts")
+
+
+class _Now(NamedTuple):
+    """A situation on the tables' grid."""
+
+    situation: Situation
+    found: Tables
+    place: int
+    slack_steps: float
+    restart_steps: float
+    on_demand: int
+    on_demand_usd: float
+    """Of a step."""
+
+
+def _wait_usd(now: _Now, belief: Belief) -> float:
+    """Of a tick without a machine while there is no spot, and all after it."""
+    if now.slack_steps < 1.0:
+        return math.inf
+    return belief.expected(now.found.on_none[now.place, 0], *now.found.among(now.slack_steps - 1.0))
+
+
+def _demand_usd(now: _Now, state: int, belief: Belief, leaving: bool = False) -> float:
+    """Of on-demand: the machine in use, unless it is one that is left, or a new one. `state`: 1, there is spot."""
+    pending = now.restart_steps
+    if now.situation.current is not None and not leaving:
+        pending = now.situation.pending_seconds / now.found.step_seconds
+    slack = now.slack_steps - pending
+    if slack < 0:
+        return now.on_demand_usd * math.ceil(now.situation.work_left_seconds / now.found.step_seconds + pending - 1e-9)
+    return now.on_demand_usd + belief.expected(now.found.on_demand[now.place, state], *now.found.among(slack))
 
 
 class _Together:

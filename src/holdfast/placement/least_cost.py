@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from holdfast.placement.hazards import Belief, Library
-from holdfast.placement.situation import Decision, Situation, is_safe, on_demand_pool
+from holdfast.placement.situation import USED_UP, Decision, Situation, is_safe, on_demand_pool
 from holdfast.placement.value_tables import Tables, Terms, tables
 
 DIFFERS = 0.1
@@ -55,12 +55,14 @@ class LeastCost:
         spot = [index for index, pool in enumerate(pools) if pool.spot]
         if not spot:
             return Decision(on_demand_pool(situation), "there is no spot pool")
+        if current is not None and not pools[current].spot and not is_safe(situation, spot[0]):
+            return Decision(current, USED_UP)  # and it does not come back
         if (decision := self._goes_on(situation, spot)) is not None:
             return decision
         self._look(situation, spot)
         decision = self._choose(situation, spot)
         if not is_safe(situation, decision.pool):
-            return Decision(on_demand_pool(situation), "the slack is used up")
+            return Decision(on_demand_pool(situation), USED_UP)
         stays = decision.pool == current if current is not None else self._is_clear
         self._settled = (current is None, situation.now_seconds) if stays else None
         return decision

@@ -14,7 +14,7 @@ from holdfast.errors import ConfigError
 from holdfast.placement import policy as default
 from holdfast.placement.fitted_hazards import FITTED
 from holdfast.placement.least_cost import LeastCost
-from holdfast.placement.situation import Decision, Policy, Situation, is_safe, on_demand_pool, spot_pool
+from holdfast.placement.situation import USED_UP, Decision, Policy, Situation, is_safe, on_demand_pool, spot_pool
 
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -52,7 +52,7 @@ class SpotThenOnDemand:
     def decide(self, situation: Situation) -> Decision:
         self._in_hurry = self._in_hurry or not is_safe(situation, situation.current)
         if self._in_hurry:
-            return Decision(on_demand_pool(situation), "the slack is used up")
+            return Decision(on_demand_pool(situation), USED_UP)
         if situation.current is not None:
             self.asks_while_running = situation.deadline_seconds < math.inf
             return Decision(situation.current, "while it lasts")
@@ -98,7 +98,7 @@ class Greedy:
         pool = spot_pool(situation)
         if self._committed or not is_safe(situation, pool):
             self._committed = True
-            return Decision(on_demand_pool(situation), "the slack is used up")
+            return Decision(on_demand_pool(situation), USED_UP)
         return Decision(pool, "spot is to be had" if pool is not None else "waiting for spot while there is slack")
 
 
@@ -117,7 +117,7 @@ class UniformProgress:
         decision = self._in_proportion(situation)
         if is_safe(situation, decision.pool):
             return decision
-        return Decision(on_demand_pool(situation), "the slack is used up")
+        return Decision(on_demand_pool(situation), USED_UP)
 
     def _in_proportion(self, situation: Situation) -> Decision:
         pool = spot_pool(situation)

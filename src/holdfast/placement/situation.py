@@ -159,6 +159,7 @@ def is_safe(situation: Situation, pool: int | None) -> bool:
 
 
 ROUNDING_SECONDS = 1e-6
+USED_UP = "the slack is used up"
 LONGEST_TICK_SECONDS, SHORTEST_TICK_SECONDS, TICKS = 600.0, 10.0, 300.0
 RESERVE_FRACTION = 0.02
 

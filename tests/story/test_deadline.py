@@ -13,7 +13,9 @@ from holdfast.drivers.local.config import Outage, TimedMarket
 from holdfast.errors import ConfigError
 from holdfast.ledger.profiles import JobProfile, Measurement, write_profile
 from holdfast.ledger.summary import plan_markdown, to_markdown
+from holdfast.market.history import History, Life
 from holdfast.model import Resources, TrainingJob
+from holdfast.placement.policy import Launch
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.opening import open_run
 from tests.chaos.runs import assert_nothing_left, carry, light_job, outcomes, trained_again
@@ -129,3 +131,35 @@ def test_work_that_nobody_knows_is_measured_by_the_first_machine(folder: Path, s
     run, summary = carry(job, driver, store, "light")
     assert outcomes(summary) == [("spot", "finished")]
     assert run.state.attempts[0].reason.endswith("measures how long a step takes")
+
+
+def test_what_earlier_runs_on_the_store_have_seen_of_a_pool_is_in_the_first_decision(
+    folder: Path, store: DirectoryStore
+) -> None:
+    driver = timed_cloud(folder)
+    job = job_with(folder, store, deadline_hours=1.0)
+
+    def expected_usd(name: str) -> float:
+        with open_run(job, driver, store, None, name) as run:
+            decision = run.decide()
+            assert isinstance(decision, Launch) and decision.offer.pool.provisioning_model == "spot"
+            assert "spot $" in decision.reason, decision.reason
+            return float(decision.reason.split("spot $")[1].split(",")[0])
+
+    before, now = expected_usd("before"), driver.clock.now()
+    (pool,) = {one.pool for one in driver.offers() if one.pool.zone == "local-1a" and one.pool.instance_type == "c7i.large"
+               and one.pool.provisioning_model == "spot"}  # fmt: skip
+    lives = [
+        Life(
+            run="earlier",
+            token=str(number),
+            pool=pool,
+            launched_at=now - timedelta(minutes=20 * number + 12),
+            ended_at=now - timedelta(minutes=20 * number),
+            recorded_at=now,
+            outcome="preempted",
+        )
+        for number in range(1, 30)
+    ]
+    History(store).record(lives)
+    assert expected_usd("after") > before

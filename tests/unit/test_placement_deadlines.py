@@ -136,11 +136,11 @@ def test_what_was_seen_of_a_zone_changes_what_is_expected_of_it() -> None:
     scarce, plenty = (b"\x00" * 140 + b"\x01" * 4) * 7, (b"\x01" * 140 + b"\x00" * 4) * 7
     chances = []
     for seen in (scarce, plenty):
-        belief = Belief.of_history(FITTED, Trace(600.0, seen + b"\x00" * 12, ""), 0.0)
+        belief = Belief.of_history(FITTED, Trace(600.0, seen + b"\x00" * 12, ""), 0.0, False)
         belief.saw(False, 0.0)
         chances.append(belief.changed_within(HOUR))
     assert chances[0] < 0.9 * chances[1]
-    young = Belief.of_history(FITTED, Trace(600.0, b"\x00\x01", ""), 0.0)
+    young = Belief.of_history(FITTED, Trace(600.0, b"\x00\x01", ""), 0.0, True)
     rate = young.rate_per_second()
     young.saw(True, 5 * HOUR)
     assert young.rate_per_second() < rate / 4

@@ -17,6 +17,7 @@ from holdfast.market.hazards import hazards_by_age
 from holdfast.market.history import History, Life
 from holdfast.market.interruptions import Estimate, Observation, estimate
 from holdfast.market.monitor import Judgement, family_of, read_judgement
+from holdfast.market.seen import Seen, seen_of
 from holdfast.market.traces import Trace
 from holdfast.storage import ObjectStore
 
@@ -65,6 +66,11 @@ class InformedMarket:
         if offer.pool.provisioning_model != "spot":
             return ()
         return hazards_by_age(self._lives, offer.pool, offer.interruptions_per_hour)
+
+    def seen(self, pool: CapacityPool) -> Seen | None:
+        """What runs on this store have seen of the pool lately; None: nothing."""
+        self._read()
+        return seen_of(self._lives, pool, self._clock.now()) if pool.provisioning_model == "spot" else None
 
     def forget(self) -> None:
         """There is something new in the history."""

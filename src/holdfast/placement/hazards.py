@@ -7,6 +7,7 @@ library's markets, and now and then changes to another. What a run has seen of a
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from holdfast.placement.situation import PoolHistory
 LONGEST_BIN_SECONDS = 72 * 3600.0
 """What counts for the last bin of ages, which has no end."""
 SWITCH_STEP_SECONDS = 60.0
+AWAY_SECONDS = 3600.0
+"""Who has not looked for so long takes nothing to have gone on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,7 @@ class Library:
 
     @cached_property
     def at_random(self) -> Any:
-        """What an observer finds at a random instant: weights of shape (2, bins, markets), and the bins' middle ages."""
+        """What an observer finds at a random instant: shares of shape (2, bins, markets), and the bins' middle ages."""
         import numpy as np
 
         before, rates = self.whole_by_bin, self.rates_by_bin
@@ -98,7 +101,7 @@ class Library:
         ended = np.where(rates * lengths > 1e-9, -np.expm1(-rates * lengths) / np.maximum(rates, 1e-15), lengths)
         found = np.exp(-before) * ended
         found /= found.sum(axis=(0, 1), keepdims=True)
-        return found * np.array(self.weights), self.edges + self.lengths_seconds / 2
+        return found, self.edges + self.lengths_seconds / 2
 
 
 class Belief:
@@ -107,30 +110,43 @@ class Belief:
     __slots__ = ("_age", "_ages", "_bins", "_library", "_seen_seconds", "_state", "_weights")
 
     def __init__(self, library: Library, available: bool, now_seconds: float) -> None:
-        weights, ages = library.at_random
-        self._library, self._state, self._seen_seconds = library, int(available), now_seconds
+        self._library = library
+        self._look_anew(available, now_seconds, library.weights)
+
+    def _look_anew(self, available: bool, now_seconds: float, markets: Any) -> None:
+        """At a stretch that may be of any age. `markets`: how likely each is."""
+        shares, ages = self._library.at_random
+        self._state, self._seen_seconds = int(available), now_seconds
         self._age: float | None = None
         """Of the present stretch; None: nobody saw it begin, and `_ages` has what it may be."""
         self._ages = ages
-        self._bins: Any = library.bins(ages)
-        self._weights = weights[self._state] / weights[self._state].sum()
+        self._bins: Any = self._library.bins(ages)
+        weights = shares[self._state] * markets
+        self._weights = weights / weights.sum()
         """Shape (markets,), or (ages, markets). Adds up to 1."""
 
     @classmethod
-    def of_history(cls, library: Library, history: PoolHistory, now_seconds: float) -> Belief:
-        """After all of it, which ends now."""
-        record, gap = bytes(history.available), history.gap_seconds
-        begin = now_seconds - len(record) * gap
-        belief = cls(library, record[0] == 1, begin)
-        place = 0
-        while place < len(record):
-            state = record[place]
-            end = record.find(1 - state, place)
-            end = len(record) if end < 0 else end
-            belief.saw(state == 1, begin + place * gap)  # its first and its last tick say all
-            belief.saw(state == 1, begin + (end - 1) * gap)
-            place = end
+    def of_history(cls, library: Library, history: PoolHistory, now_seconds: float, hoped: bool) -> Belief | None:
+        """After all of it, which ends now. None: nobody looked. `hoped`: what is taken to be there, when the last look is old."""
+        gap, begin = history.gap_seconds, now_seconds - len(history.available) * history.gap_seconds
+        belief: Belief | None = None
+        for seen in re.finditer(b"\x00+|\x01+", bytes(history.available)):
+            there, first, last = seen[0][0] == 1, begin + seen.start() * gap, begin + (seen.end() - 1) * gap
+            if belief is None:
+                belief = cls(library, there, first)
+            elif first - belief._seen_seconds > max(AWAY_SECONDS, gap):
+                belief._look_again(there, first)
+            belief.saw(there, first)  # a stretch's first and last tick say all
+            belief.saw(there, last)
+        if belief is not None and now_seconds - belief._seen_seconds > max(AWAY_SECONDS, gap):
+            belief._look_again(hoped, now_seconds)
         return belief
+
+    def _look_again(self, available: bool, now_seconds: float) -> None:
+        """After a time that nobody saw: the market is probably the same."""
+        markets = self._weights if self._age is not None else self._weights.sum(axis=0)
+        steps = round((now_seconds - self._seen_seconds) / SWITCH_STEP_SECONDS)
+        self._look_anew(available, now_seconds, markets @ self._library.switched(steps))
 
     @property
     def available(self) -> bool:

@@ -8,10 +8,12 @@ may be taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from holdfast.placement.hazards import Belief, Library
-from holdfast.placement.situation import USED_UP, Decision, Situation, is_safe, on_demand_pool
+from holdfast.placement.situation import UNSEEN, USED_UP, Decision, PoolHistory, Situation, is_safe, on_demand_pool
 from holdfast.placement.value_tables import Tables, Terms, tables
 
 DIFFERS = 0.1
@@ -35,8 +37,8 @@ class LeastCost:
         """Of all spot pools together."""
         self._each: list[Belief | None] = []
         self._last_spot: int | None = None
-        self._settled: tuple[bool, float] | None = None
-        """Of the last decision to go on as it is, without spot: is that without a machine, and when was it?"""
+        self._settled: tuple[bool, float, Decision] | None = None
+        """The last decision to go on as it is, without spot: is that without a machine, and when was it?"""
         self._is_clear = False
         """Was on-demand expected to cost more by a whole tick of it? Then it will in the next ticks too."""
         self._untold: tuple[bool, float] | None = None
@@ -64,7 +66,7 @@ class LeastCost:
         if not is_safe(situation, decision.pool):
             return Decision(on_demand_pool(situation), USED_UP)
         stays = decision.pool == current if current is not None else self._is_clear
-        self._settled = (current is None, situation.now_seconds) if stays else None
+        self._settled = (current is None, situation.now_seconds, decision) if stays else None
         return decision
 
     def _goes_on(self, situation: Situation, spot: list[int]) -> Decision | None:
@@ -79,6 +81,8 @@ class LeastCost:
             if situation.sees_all or current is not None or len(spot) > 1:
                 return None
             pool, words = spot[0], "asking for spot again"
+            if self._settled[2].pool == pool:
+                words = self._settled[2].reason
         elif situation.sees_all or current is None:
             self._untold = (False, max(self._when(situation, index) for index in spot))
         return Decision(pool, words) if is_safe(situation, pool) else None
@@ -184,11 +188,11 @@ class LeastCost:
     def _look(self, situation: Situation, spot: list[int]) -> None:
         now, pools = situation.now_seconds, situation.pools
         if self._any is None:
-            self._any = self._first(situation, spot, None)
+            self._any = self._first(situation, spot)
             self._each = [None] * len(pools)
             if len(spot) > 1:
                 for index in spot:
-                    self._each[index] = self._first(situation, [index], index)
+                    self._each[index] = self._first(situation, [index])
         if self._untold is not None:
             self._any.saw(*self._untold)
             self._untold = None
@@ -211,16 +215,12 @@ class LeastCost:
             return situation.now_seconds
         return min(situation.now_seconds, pool.since_seconds)
 
-    def _first(self, situation: Situation, spot: list[int], index: int | None) -> Belief:
-        now = situation.now_seconds
-        histories = [one for place in spot if place < len(situation.history) and (one := situation.history[place])]
-        if index is None and len(histories) == len(spot) > 1:
-            shortest = min(len(one.available) for one in histories)
-            together = bytes(map(max, *(bytes(one.available)[-shortest:] for one in histories)))
-            return Belief.of_history(self._library, _Together(histories[0].gap_seconds, together), now)
-        if len(histories) == len(spot) and histories[0].available:
-            return Belief.of_history(self._library, histories[0], now)
-        return Belief(self._library, any(situation.pools[place].available for place in spot), now)
+    def _first(self, situation: Situation, spot: list[int]) -> Belief:
+        hoped = any(situation.pools[place].available for place in spot)
+        histories = [situation.history[place] if place < len(situation.history) else None for place in spot]
+        history = histories[0] if len(spot) == 1 else _together(histories)
+        found = Belief.of_history(self._library, history, situation.now_seconds, hoped) if history else None
+        return found or Belief(self._library, hoped, situation.now_seconds)
 
     def _is_known(self, situation: Situation, index: int) -> bool:
         """Is it in use, or was it refused or taken just now? Else that it is available is but a hope."""
@@ -288,11 +288,25 @@ def _demand_usd(now: _Now, state: int, belief: Belief, leaving: bool = False) ->
     return now.on_demand_usd + belief.expected(now.found.on_demand[now.place, state], *now.found.among(slack))
 
 
+@dataclass(frozen=True, slots=True)
 class _Together:
     """What any of several pools had to give."""
 
-    def __init__(self, gap_seconds: float, available: bytes) -> None:
-        self.gap_seconds, self.available = gap_seconds, available
+    gap_seconds: float
+    available: bytes
+
+
+def _together(histories: Sequence[PoolHistory | None]) -> PoolHistory | None:
+    """That none had anything is seen only where all were looked at."""
+    seen = [one for one in histories if one is not None]
+    if not seen or len({one.gap_seconds for one in seen}) > 1:
+        return None
+    ticks = max(len(one.available) for one in seen)
+    records = [bytes([UNSEEN]) * (ticks - len(one.available)) + bytes(one.available) for one in seen]
+    if len(seen) < len(histories):
+        records.append(bytes([UNSEEN]) * ticks)
+    together = bytes(1 if 1 in at_once else max(at_once) for at_once in zip(*records, strict=True))
+    return _Together(seen[0].gap_seconds, together)
 
 
 def _near(one: float, other: float, least: float = 0.0) -> bool:
@@ -301,7 +315,7 @@ def _near(one: float, other: float, least: float = 0.0) -> bool:
 
 def _words(chosen: str, costs: tuple[float, float, float]) -> str:
     names = ("wait", "spot", "on-demand")
-    told = [f"{name} ${usd:.2f}" for name, usd in zip(names, costs, strict=True) if usd < 1e6]
+    told = [f"{name} ${usd:.{2 if usd >= 1 else 4}f}" for name, usd in zip(names, costs, strict=True) if usd < 1e6]
     return (
         f"{chosen} is expected to cost least ({', '.join(told)})"
         if len(told) > 1

@@ -40,14 +40,14 @@ class Attempted:
 
 
 class PoolHistory(Protocol):
-    """Whether a pool had a machine to give, up to the run's start. A `market.traces.Trace` is one."""
+    """Whether a pool had a machine to give, up to the first decision. A `market.traces.Trace` is one."""
 
     @property
     def gap_seconds(self) -> float: ...
 
     @property
     def available(self) -> bytes:
-        """One byte a tick, 1 or 0, oldest first."""
+        """One byte a tick, oldest first: 1, 0, or UNSEEN where nobody looked."""
         ...
 
 
@@ -77,7 +77,7 @@ class Situation:
     attempts: Sequence[Attempted] = ()
     """Oldest first."""
     history: Sequence[PoolHistory | None] = ()
-    """Of each of these pools, what was seen of it before the run's start; empty: nothing."""
+    """Of each of these pools, what was seen of it before the first decision; empty: nothing."""
     loss_seconds: float = math.inf
     """Of useful machine time, the most that is lost with a machine that is taken; inf: whatever it did since the last tick."""
     move_usd: float = 0.0
@@ -159,6 +159,7 @@ def is_safe(situation: Situation, pool: int | None) -> bool:
 
 
 ROUNDING_SECONDS = 1e-6
+UNSEEN = 2
 USED_UP = "the slack is used up"
 LONGEST_TICK_SECONDS, SHORTEST_TICK_SECONDS, TICKS = 600.0, 10.0, 300.0
 RESERVE_FRACTION = 0.02

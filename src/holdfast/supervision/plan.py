@@ -6,12 +6,12 @@ Fills in what the policies may know (`placement.situation`) from the journal, th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from holdfast.drivers.protocol import Offer
+from holdfast.drivers.protocol import CapacityPool, Offer
 from holdfast.errors import ConfigError
 from holdfast.ledger.profiles import JobProfile
 from holdfast.ledger.run_state import Attempt, RunState
@@ -23,6 +23,7 @@ from holdfast.placement.situation import (
     TICKS,
     Attempted,
     Decision,
+    PoolHistory,
     PoolView,
     Situation,
     renew_hopes,
@@ -117,10 +118,22 @@ def hours(seconds: float) -> str:
 class Planner:
     """Of one run in one process; what it must not forget is in the journal."""
 
-    def __init__(self, job: TrainingJob, offers: Sequence[Offer], profile: JobProfile, detect_seconds: float) -> None:
-        """`detect_seconds`: what passes, on the cloud's clock, between a machine's end and the next one's launch."""
+    def __init__(
+        self,
+        job: TrainingJob,
+        offers: Sequence[Offer],
+        profile: JobProfile,
+        detect_seconds: float,
+        seen: Callable[[CapacityPool], PoolHistory | None] = lambda pool: None,
+    ) -> None:
+        """`detect_seconds`: what passes, on the cloud's clock, between a machine's end and the next one's launch.
+
+        `seen`: what is known of a pool's past; asked once, at the first decision.
+        """
         self._job, self._offers, self._profile = job, list(offers), profile
         self._detect_seconds = detect_seconds
+        self._seen = seen
+        self._history: list[PoolHistory | None] | None = None
         self.policy = policy_of(job)
         check_name(self.policy)
         self._decider = policy_named(
@@ -232,6 +245,8 @@ class Planner:
         report: Mapping[str, Any],
         now: datetime,
     ) -> Situation:
+        if self._history is None:
+            self._history = [self._seen(one.pool) for one in self._offers]
         started = state.started_at or now
         prices = {one.pool: one.usd_per_hour for one in offers}
         views = [
@@ -281,6 +296,7 @@ class Planner:
             pending_seconds=0.0 if trains or current is None else max(0.0, restart - age),
             tick_seconds=tick,
             attempts=attempts,
+            history=self._history,
         )
 
     def work(self, state: RunState, attempt: Attempt | None, report: Mapping[str, Any], now: datetime) -> Work | None:

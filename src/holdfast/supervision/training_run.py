@@ -78,7 +78,7 @@ class TrainingRun(Run[RunState]):
         """Who decides where a policy of `placement.policies` does; None: `placement.policy` alone."""
         if is_planned(job):
             detect_seconds = DETECT_POLLS * driver.poll_seconds * driver.clock.speed
-            self.planner = Planner(job, fits, read_profile(store, job.name), detect_seconds)
+            self.planner = Planner(job, fits, read_profile(store, job.name), detect_seconds, self._market.seen)
         self._untold_plans: list[Plan] = []
         self._asked_for = 0
         """The attempt that this process asked the cloud for a machine for."""

@@ -244,11 +244,49 @@ WorkHours = Annotated[
 ]
 
 
-class TrainingJob(Job):
-    """A program to be trained to its end, however often its machine is taken away."""
+class Deadlined(Job):
+    """A job that has an amount of work, which may have to be done by some time."""
 
     deadline: Deadline = None
     deadline_hours: DeadlineHours = None
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _with_a_time_zone(cls, deadline: Any) -> Any:
+        if isinstance(deadline, str):
+            try:
+                deadline = datetime.fromisoformat(deadline.strip())
+            except ValueError:
+                raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z") from None
+        if isinstance(deadline, date) and (not isinstance(deadline, datetime) or deadline.tzinfo is None):
+            raise ValueError(f"{deadline.isoformat()} has no time zone; write it like 2026-12-01T08:00Z")
+        if deadline is not None and not isinstance(deadline, datetime):
+            raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z")
+        return deadline
+
+    @model_validator(mode="after")
+    def _one_deadline(self) -> Self:
+        if self.deadline and self.deadline_hours:
+            raise ValueError(
+                f"deadline {self.deadline.isoformat()} and deadline_hours {self.deadline_hours:g} contradict each other; "
+                "give one of them"
+            )
+        return self
+
+    @property
+    def has_deadline(self) -> bool:
+        return self.deadline is not None or self.deadline_hours is not None
+
+    def deadline_at(self, started_at: datetime) -> datetime | None:
+        """On the cloud's clock; None: no hurry."""
+        if self.deadline_hours is not None:
+            return started_at + timedelta(hours=self.deadline_hours)
+        return self.deadline
+
+
+class TrainingJob(Deadlined):
+    """A program to be trained to its end, however often its machine is taken away."""
+
     work_hours: WorkHours = None
     policy: str = Field(
         "",
@@ -283,42 +321,13 @@ class TrainingJob(Job):
             )
         return self
 
-    @field_validator("deadline", mode="before")
-    @classmethod
-    def _with_a_time_zone(cls, deadline: Any) -> Any:
-        if isinstance(deadline, str):
-            try:
-                deadline = datetime.fromisoformat(deadline.strip())
-            except ValueError:
-                raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z") from None
-        if isinstance(deadline, date) and (not isinstance(deadline, datetime) or deadline.tzinfo is None):
-            raise ValueError(f"{deadline.isoformat()} has no time zone; write it like 2026-12-01T08:00Z")
-        if deadline is not None and not isinstance(deadline, datetime):
-            raise ValueError(f"{deadline!r} is no instant; write it like 2026-12-01T08:00Z")
-        return deadline
-
     @model_validator(mode="after")
-    def _one_deadline(self) -> TrainingJob:
-        if self.deadline and self.deadline_hours:
-            raise ValueError(
-                f"deadline {self.deadline.isoformat()} and deadline_hours {self.deadline_hours:g} contradict each other; "
-                "give one of them"
-            )
+    def _on_demand_where_there_is_a_deadline(self) -> TrainingJob:
         if self.has_deadline and self.provisioning == "spot":
             raise ValueError(
                 "provisioning 'spot' contradicts a deadline: only on-demand is sure to be had; drop one of the two"
             )
         return self
-
-    @property
-    def has_deadline(self) -> bool:
-        return self.deadline is not None or self.deadline_hours is not None
-
-    def deadline_at(self, started_at: datetime) -> datetime | None:
-        """On the cloud's clock; None: no hurry."""
-        if self.deadline_hours is not None:
-            return started_at + timedelta(hours=self.deadline_hours)
-        return self.deadline
 
     @model_validator(mode="after")
     def _no_way_back_to_spot_without_it(self) -> TrainingJob:
@@ -407,7 +416,7 @@ class GangJob(Job):
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-class BatchJob(Job):
+class BatchJob(Deadlined):
     """A function that many machines apply to the records of a data set, each record once."""
 
     # What the machines run is ours; the user's own is the function.

@@ -17,9 +17,9 @@ from prefect import flow
 
 from blocks.accounts import LocalAccount
 from flows.batch_inference import carry_out_batch
-from holdfast.drivers.local import LocalDriver
-from holdfast.drivers.local.config import Fate, ScriptedMarket
-from holdfast.errors import OverBudgetError, ProgramFailedError
+from holdfast.drivers.local import LocalCloudConfig, LocalDriver
+from holdfast.drivers.local.config import Fate, Outage, ScriptedMarket, TimedMarket
+from holdfast.errors import ConfigError, OverBudgetError, ProgramFailedError
 from holdfast.ledger.billing import add_usd
 from holdfast.model import BatchJob, load_batch_job
 from holdfast.storage import DirectoryStore
@@ -152,6 +152,28 @@ def test_dollars_are_capped_and_a_higher_cap_goes_on_with_what_is_left(folder: P
     summary = carry(job.model_copy(update={"max_usd": 5.0}), driver, store)
     assert_whole(summary, 200)
     assert results(store, "double") == {n: 2 * n for n in range(200)}
+
+
+def test_spot_that_goes_for_good_is_replaced_in_time_for_the_deadline(folder: Path, store: DirectoryStore) -> None:
+    market = TimedMarket(outages=[Outage(start_seconds=300, end_seconds=1e6)], notice_seconds=60.0)
+    driver = LocalDriver(LocalCloudConfig(root=folder / "cloud", clock_speed=20.0, market=market))
+    job = batch_job(folder, records=600, seconds=0.5, machines=2, spot_share=1.0, deadline_hours=0.5)
+    summary = carry(job, driver, store)
+    assert_whole(summary, 600)
+    assert results(store, "double") == {n: 2 * n for n in range(600)}
+    assert_adds_up(summary, driver)
+    first, *later = summary["rounds"]
+    assert first["spot"] == 2 and first["reason"].startswith("measures how long a batch takes")
+    assert later[-1]["on_demand"] >= 1 and later[-1]["spot"] == 0
+    assert summary["deadline"]["kept"] and summary["deadline"]["seconds_to_spare"] > 0
+    assert "Deadline" in (folder / ".holdfast/runs/double/summary.md").read_text()
+
+
+def test_a_deadline_that_is_past_is_refused(folder: Path, store: DirectoryStore) -> None:
+    driver = cloud(folder, [])
+    with pytest.raises(ConfigError, match=r"deadline: 2020-01-01.* is past"):
+        carry(batch_job(folder, deadline="2020-01-01T08:00Z"), driver, store)
+    assert driver.machines({}) == []
 
 
 def test_a_killed_orchestrator_s_successor_goes_on_from_journal_plan_and_queue(

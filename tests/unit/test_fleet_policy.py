@@ -15,6 +15,7 @@ from holdfast.placement.fleet_policy import (
     MOST_POOLS,
     FleetSituation,
     LaunchRound,
+    Paced,
     PastRound,
     decide_round,
     missing,
@@ -179,3 +180,39 @@ def test_what_is_asked_for_fills_the_fleet_exactly_and_keeps_the_share(
         assert asked[0] == round(machines * share)
         # What a driver makes of the share that it is sent is the same number of spot machines.
         assert round(sum(asked) * (asked[0] / sum(asked))) == asked[0]
+
+
+def paced(model: str | None) -> Paced:
+    return Paced(model=model, reason="slack 3 h", again_at=NOW + 10 * MINUTE)  # type: ignore[arg-type]
+
+
+def test_with_a_deadline_its_policy_says_what_the_places_of_spot_are() -> None:
+    tired = [past(taken=1, minutes_ago=30 - number) for number in range(5)]
+    as_spot = decide_round(situation(rounds=tired, paced=paced("spot")))
+    assert isinstance(as_spot, LaunchRound) and (as_spot.spot, as_spot.on_demand) == (
+        8,
+        2,
+    )  # no fallback after three rounds
+    assert as_spot.reason.startswith("slack 3 h; ") and not as_spot.fell_back
+    instead = decide_round(situation(rounds=tired, paced=paced("on-demand")))
+    assert isinstance(instead, LaunchRound) and (instead.spot, instead.on_demand) == (0, 10) and instead.fell_back
+    base = decide_round(situation(rounds=tired, paced=paced(None)))
+    assert isinstance(base, LaunchRound) and (base.spot, base.on_demand) == (0, 2)  # spot's places wait
+
+
+def test_with_a_deadline_no_wait_is_longer_than_until_its_policy_is_asked_again() -> None:
+    waits = decide_round(situation(spot_share=1.0, paced=paced(None)))
+    assert waits == Wait(NOW + 10 * MINUTE, "slack 3 h")
+    everywhere = [past(region, refused=("spot",)) for region in ("x-1", "y-1") for _ in range(20)]
+    refused = decide_round(situation(spot_share=1.0, rounds=everywhere, paced=paced("spot")))
+    assert isinstance(refused, Wait) and refused.until <= NOW + 10 * MINUTE
+
+
+def test_a_deadline_knows_no_quota() -> None:
+    rounds = [past(region, refusal="quota") for region in ("x-1", "y-1")]
+    spot_is_refused = [
+        dataclasses.replace(one, pools=[pool for pool in one.pools if pool.provisioning_model == "spot"])
+        for one in rounds
+    ]
+    decision = decide_round(situation(spot_share=1.0, rounds=spot_is_refused, paced=paced("spot")))
+    assert isinstance(decision, LaunchRound) and (decision.spot, decision.on_demand) == (0, 10)

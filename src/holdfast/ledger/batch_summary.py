@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from holdfast.ledger.batch_state import BatchState
@@ -11,7 +11,9 @@ from holdfast.ledger.fleet_state import Member
 from holdfast.ledger.fleet_summary import fleet_to_markdown, summarise_fleet
 
 
-def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done: int) -> dict[str, Any]:
+def summarise_batch(
+    state: BatchState, store_url: str, prefix: str, batches_done: int, deadline_at: datetime | None = None
+) -> dict[str, Any]:
     """The content of summary.json.
 
     `usd_on_demand_equivalent`: what the same work would have cost on demand. Machines of the first round that lived to the
@@ -42,6 +44,7 @@ def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done
         "batches_done": state.plan["batches"] if audit.get("whole") else batches_done,
         "batches_put_again": state.put_again,
         "batches_given_up": state.given_up,
+        "deadline": _deadline(state, deadline_at),
         "results": place,
         "dead_letters": f"{place}/failed.jsonl" if audit.get("records_failed") else None,
         "usd_per_million_records": _per_million(total, records),
@@ -50,6 +53,18 @@ def summarise_batch(state: BatchState, store_url: str, prefix: str, batches_done
         "saving_usd": round_usd(equivalent - total),
         "saving_fraction": round(1 - total / equivalent, 4) if equivalent else None,
         "records_per_second": round(records * state.clock_speed / seconds, 3) if records and seconds else None,
+    }
+
+
+def _deadline(state: BatchState, deadline_at: datetime | None) -> dict[str, Any] | None:
+    """`kept` is None while it is not known."""
+    if deadline_at is None:
+        return None
+    left = (deadline_at - state.closed_at).total_seconds() if state.state == "finished" and state.closed_at else None
+    return {
+        "deadline_at": deadline_at.isoformat(),
+        "kept": None if left is None else left >= 0,
+        "seconds_to_spare": None if left is None else round(left, 1),
     }
 
 
@@ -108,6 +123,16 @@ def batch_to_markdown(summary: dict[str, Any]) -> str:
         ]
         if summary["records_failed"]:
             rows.append(f"- Failed records and their errors: `{summary['dead_letters']}`")
+    if deadline := summary["deadline"]:
+        left = deadline["seconds_to_spare"]
+        how = (
+            "not finished"
+            if left is None
+            else f"kept, {left:.0f} s to spare"
+            if left >= 0
+            else f"missed by {-left:.0f} s"
+        )
+        rows.append(f"- Deadline {deadline['deadline_at']}: {how}")
     if summary["batches_put_again"]:
         rows.append(f"- Batches put into the queue again: {summary['batches_put_again']}")
     if summary["batches_given_up"]:

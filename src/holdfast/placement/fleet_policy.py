@@ -53,6 +53,17 @@ class PastRound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Paced:
+    """What a deadline lets the places be that spot would have."""
+
+    model: ProvisioningModel | None
+    """None: they stay empty for now."""
+    reason: str
+    again_at: datetime
+    """When to ask again at the latest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSituation:
     """Only what is knowable at `now`."""
 
@@ -69,6 +80,8 @@ class FleetSituation:
     max_replacements: int
     restart_seconds: float
     save_seconds: float
+    paced: Paced | None = None
+    """None: no hurry, and after some failed rounds in a row on-demand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +106,8 @@ def decide_round(situation: FleetSituation) -> LaunchRound | Wait | GiveUp | Non
             f"{situation.replaced} machines ended before their work was done and {refusals} rounds were refused, which is "
             f"more than max_replacements, {situation.max_replacements}; raise it to go on"
         )
+    if spot and situation.paced:
+        return _in_time(situation, situation.paced, spot, on_demand)
     failed = failed_rounds_in_a_row(situation.rounds)
     fell_back, why = False, f"{spot} spot and {on_demand} on-demand machines are missing"
     if spot and failed >= FAILED_ROUNDS_TO_FALL_BACK:
@@ -104,6 +119,21 @@ def decide_round(situation: FleetSituation) -> LaunchRound | Wait | GiveUp | Non
         why = f"no spot pool is within the account's quota: {spot + on_demand} on-demand machines instead"
         spot, on_demand = 0, spot + on_demand
     return _where(situation, spot, on_demand, why, fell_back)
+
+
+def _in_time(situation: FleetSituation, paced: Paced, spot: int, on_demand: int) -> LaunchRound | Wait | GiveUp:
+    model = paced.model
+    if model == "spot" and not _within_quota(situation, "spot"):
+        model = "on-demand"
+    if model is None:
+        if not on_demand:
+            return Wait(paced.again_at, paced.reason)
+        spot = 0
+    if model == "on-demand":
+        spot, on_demand = 0, spot + on_demand
+    fell_back = model == "on-demand" and bool(situation.rounds) and situation.rounds[-1].spot > 0
+    found = _where(situation, spot, on_demand, paced.reason, fell_back)
+    return Wait(min(found.until, paced.again_at), found.reason) if isinstance(found, Wait) else found
 
 
 def missing(situation: FleetSituation) -> tuple[int, int]:

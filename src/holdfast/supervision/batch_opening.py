@@ -36,6 +36,7 @@ def open_batch_run(
     check_store(store)
     check_job(job, driver)
     run = BatchRun(job, driver, store, budget, run_id)
+    run.pace.check(driver.clock.now())
     refuse_what_can_not_go_on(run, budget)
     check_queue(run)
     claim_results(run)

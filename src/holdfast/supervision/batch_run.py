@@ -18,7 +18,8 @@ from holdfast.batch.results import give_up, undone
 from holdfast.batch.settings import SETTINGS, WorkerSettings, settings_key, write_settings
 from holdfast.batch.several import WORKERS
 from holdfast.batch.spec import GROUP
-from holdfast.drivers.protocol import Driver, Offer, PricePoint
+from holdfast.batch.worker import PROGRESS_SECONDS
+from holdfast.drivers.protocol import CapacityPool, Driver, Offer, PricePoint
 from holdfast.errors import OverBudgetError
 from holdfast.ledger.batch_state import BatchState, read_batch_state
 from holdfast.ledger.batch_summary import batch_headline, batch_to_markdown, summarise_batch
@@ -28,9 +29,11 @@ from holdfast.ledger.fleet_state import Member, Round
 from holdfast.ledger.journal import Entry
 from holdfast.model import BatchJob
 from holdfast.placement.fleet_policy import FleetSituation, PastRound
+from holdfast.placement.situation import PoolHistory
 from holdfast.queues.opening import open_queue
 from holdfast.queues.protocol import Queue
 from holdfast.storage import ObjectStore
+from holdfast.supervision.batch_pace import Pace
 from holdfast.supervision.batch_places import (
     credentials_for,
     machines_of_use,
@@ -95,6 +98,9 @@ class BatchRun(FleetRun):
         self._whole_groups: set[int] = set()
         self._begun: set[str] = set()
         """Machines whose workers are known to have taken batches."""
+        self.start_seconds: float | None = None
+        """The longest that one took from its launch until that was known, on the cloud's clock."""
+        self.pace = Pace(self)
         super().__init__(job, driver, store, budget, run_id)
 
     def _fold(self, entries: Sequence[Entry]) -> BatchState:
@@ -196,7 +202,7 @@ class BatchRun(FleetRun):
             dead=depth.dead,
             approximate=depth.approximate,
         )
-        if self.tally.waiting and len(self.state.living) < self.job.machines:
+        if self.tally.waiting and (len(self.state.living) < self.job.machines or self.job.has_deadline):
             self._see_who_has_begun()
         return self.tally
 
@@ -205,7 +211,10 @@ class BatchRun(FleetRun):
         workers = [info.key for info in self.store.list(f"{self.prefix}/workers/")] if living else []
         for key in [key for key in workers if self._machine_of(key) in living][:WORKERS_READ_PER_LOOK]:
             if json.loads(self.store.get(key))["phase"] != "starting":
-                self._begun.add(self._machine_of(key))
+                machine = self._machine_of(key)
+                self._begun.add(machine)
+                took = self.driver.clock.now() - self.state.members[machine].launched_at
+                self.start_seconds = max(self.start_seconds or 0.0, took.total_seconds())
 
     def _machine_of(self, key: str) -> str:
         return key.removeprefix(f"{self.prefix}/workers/").removesuffix(".json").rpartition("-")[0]
@@ -249,6 +258,15 @@ class BatchRun(FleetRun):
             sums["failed"] += told["failed"]
         return said
 
+    def machine_seconds(self) -> float:
+        """Of the cloud, that machines were busy: what they have not said yet of the last seconds included."""
+        speed = self.driver.clock.speed
+        said = sum(one["busy_seconds"] for one in self.said_by_workers().values())
+        return speed * (said + PROGRESS_SECONDS * len(self.state.living))
+
+    def seen(self, pool: CapacityPool) -> PoolHistory | None:
+        return self._market.seen(pool)
+
     # -- how many machines ----------------------------------------------------------------------------------------------
 
     @property
@@ -284,7 +302,9 @@ class BatchRun(FleetRun):
 
     def _situation(self, offers: Sequence[Offer]) -> FleetSituation:
         filled = Counter(member.model for member in self.filled)
-        return dataclasses.replace(super()._situation(offers), machines=self.wanted, filled=filled)
+        situation = super()._situation(offers)
+        paced = self.pace.decide(offers, situation.rounds, situation.now)
+        return dataclasses.replace(situation, machines=self.wanted, filled=filled, paced=paced)
 
     def _past_round(self, asked: Round) -> PastRound:
         now = self.driver.clock.now()
@@ -344,7 +364,9 @@ class BatchRun(FleetRun):
     # -- the summary ----------------------------------------------------------------------------------------------------
 
     def summarise(self) -> dict[str, Any]:
-        return summarise_batch(self.state, self.store.url, self.prefix, self.tally.done if self.tally else 0)
+        state = self.state
+        deadline_at = self.job.deadline_at(state.started_at) if state.started_at else None
+        return summarise_batch(state, self.store.url, self.prefix, self.tally.done if self.tally else 0, deadline_at)
 
     def headline(self, summary: Mapping[str, Any]) -> str:
         return batch_headline(dict(summary))

@@ -169,11 +169,17 @@ def test_spot_that_goes_for_good_is_replaced_in_time_for_the_deadline(folder: Pa
     assert "Deadline" in (folder / ".holdfast/runs/double/summary.md").read_text()
 
 
-def test_a_deadline_that_is_past_is_refused(folder: Path, store: DirectoryStore) -> None:
+def test_a_deadline_that_is_past_is_refused_unless_the_run_has_begun(folder: Path, store: DirectoryStore) -> None:
     driver = cloud(folder, [])
+    late = batch_job(folder, deadline="2020-01-01T08:00Z", records=20)
     with pytest.raises(ConfigError, match=r"deadline: 2020-01-01.* is past"):
-        carry(batch_job(folder, deadline="2020-01-01T08:00Z"), driver, store)
+        carry(late, driver, store)
     assert driver.machines({}) == []
+    with open_batch_run(batch_job(folder, records=20), driver, store, None, late.name):
+        pass
+    summary = carry(late, driver, store)
+    assert_whole(summary, 20)
+    assert summary["deadline"]["kept"] is False and summary["deadline"]["seconds_to_spare"] < 0
 
 
 def test_a_killed_orchestrator_s_successor_goes_on_from_journal_plan_and_queue(

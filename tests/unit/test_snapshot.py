@@ -47,6 +47,7 @@ class Training:
         return found
 
     def seen(self) -> dict[str, torch.Tensor]:
+        self.snapshots.settle()  # its copy is over when the optimizer goes on, its offer may come a moment later
         slot = self.offered[-1].slot
         assert slot.take() and slot.number == self.offered[-1].number
         data = bytes(slot.image())

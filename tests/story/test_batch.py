@@ -24,6 +24,7 @@ from holdfast.ledger.billing import add_usd
 from holdfast.model import BatchJob, load_batch_job
 from holdfast.storage import DirectoryStore
 from holdfast.supervision.batch_opening import open_batch_run
+from holdfast.supervision.batch_run import BatchRun
 from tests.chaos.runs import cloud, wait_until
 from tests.conftest import PROGRAMS, command_lines_with
 from tests.story.test_fleet import REPOSITORY, SMALL, assert_adds_up, outcomes
@@ -54,8 +55,10 @@ def batch_job(folder: Path, name: str = "double", records: int = 400, seconds: f
 
 
 def carry(job: BatchJob, driver: LocalDriver, store: DirectoryStore) -> dict[str, Any]:
-    run = open_batch_run(job, driver, store, None, job.name)
+    return carried(open_batch_run(job, driver, store, None, job.name))
 
+
+def carried(run: BatchRun) -> dict[str, Any]:
     @flow(name="test-batch")
     def story() -> dict[str, Any]:
         return carry_out_batch(run)
@@ -188,7 +191,7 @@ def test_a_killed_orchestrator_s_successor_goes_on_from_journal_plan_and_queue(
     account = LocalAccount(root=folder / "cloud", market=ScriptedMarket())
     account.save("orphaned-batch", overwrite=True)
     driver = account.driver()
-    job = batch_job(folder, seconds=0.5)
+    job = batch_job(folder, seconds=0.5, deadline_hours=5)
     (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
     first = subprocess.Popen(
         [sys.executable, "-m", "flows", "batch", "job.yaml", "--run-id", "double", "--account", "orphaned-batch"],
@@ -203,7 +206,9 @@ def test_a_killed_orchestrator_s_successor_goes_on_from_journal_plan_and_queue(
     assert first.poll() is None, first.communicate()[0]
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    summary = carry(job, driver, store)
+    run = open_batch_run(job, driver, store, None, job.name)
+    summary = carried(run)
+    assert run.start_seconds is None  # it launched no machine, and takes no machine's age for the time of its start
     assert_whole(summary, 400)
     assert summary["orchestrator_recoveries"] == 1 and summary["machines_launched"] == 3
     assert results(store, "double") == {n: 2 * n for n in range(400)}

@@ -9,11 +9,11 @@ import pytest
 
 from holdfast.drivers.protocol import CapacityPool
 from holdfast.market.history import Life
-from holdfast.market.seen import SEEN_FOR, TICK_SECONDS, Seen, seen_of
+from holdfast.market.seen import SEEN_FOR, TICK_SECONDS, seen_of
 from holdfast.placement.fitted_hazards import FITTED
 from holdfast.placement.hazards import Belief
 from holdfast.placement.least_cost import LeastCost
-from holdfast.placement.situation import UNSEEN, PoolView, Situation
+from holdfast.placement.situation import UNSEEN, PoolView, Seen, Situation
 
 POOL = CapacityPool("aws", "us-east-1", "us-east-1a", "g5.xlarge", "spot")
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)

@@ -9,10 +9,11 @@ from holdfast.ledger.batch_state import BatchState
 from holdfast.ledger.billing import round_usd
 from holdfast.ledger.fleet_state import Member
 from holdfast.ledger.fleet_summary import fleet_to_markdown, summarise_fleet
+from holdfast.ledger.summary import deadline_words
 
 
 def summarise_batch(
-    state: BatchState, store_url: str, prefix: str, batches_done: int, deadline_at: datetime | None = None
+    state: BatchState, store_url: str, prefix: str, batches_done: int, deadline_at: datetime | None
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -124,15 +125,7 @@ def batch_to_markdown(summary: dict[str, Any]) -> str:
         if summary["records_failed"]:
             rows.append(f"- Failed records and their errors: `{summary['dead_letters']}`")
     if deadline := summary["deadline"]:
-        left = deadline["seconds_to_spare"]
-        how = (
-            "not finished"
-            if left is None
-            else f"kept, {left:.0f} s to spare"
-            if left >= 0
-            else f"missed by {-left:.0f} s"
-        )
-        rows.append(f"- Deadline {deadline['deadline_at']}: {how}")
+        rows.append(f"- {deadline_words(deadline)}")
     if summary["batches_put_again"]:
         rows.append(f"- Batches put into the queue again: {summary['batches_put_again']}")
     if summary["batches_given_up"]:

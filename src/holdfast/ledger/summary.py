@@ -166,15 +166,19 @@ def to_markdown(summary: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _deadline_line(deadline: dict[str, Any]) -> str:
-    if not deadline["deadline_at"]:
-        said = f"Policy {deadline['policy']}"
-    elif deadline["kept"] is None:
-        said = f"Deadline {deadline['deadline_at']}, policy {deadline['policy']}, not finished"
+def deadline_words(deadline: dict[str, Any]) -> str:
+    """Of `deadline_at` and `seconds_to_spare`, which is None of a run that is not finished."""
+    left = deadline["seconds_to_spare"]
+    if left is None:
+        how = "not finished"
     else:
-        left = deadline["seconds_to_spare"]
         how = f"kept with {left / 60:.1f} min to spare" if left >= 0 else f"MISSED by {-left / 60:.1f} min"
-        said = f"Deadline {deadline['deadline_at']} {how}, policy {deadline['policy']}"
+    return f"Deadline {deadline['deadline_at']} {how}"
+
+
+def _deadline_line(deadline: dict[str, Any]) -> str:
+    policy = deadline["policy"]
+    said = f"{deadline_words(deadline)}, policy {policy}" if deadline["deadline_at"] else f"Policy {policy}"
     return f"- {said}; {deadline['changes']} decisions, the last: {deadline['reason']}"
 
 

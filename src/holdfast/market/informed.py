@@ -17,8 +17,9 @@ from holdfast.market.hazards import hazards_by_age
 from holdfast.market.history import History, Life
 from holdfast.market.interruptions import Estimate, Observation, estimate
 from holdfast.market.monitor import Judgement, family_of, read_judgement
-from holdfast.market.seen import Seen, seen_of
+from holdfast.market.seen import seen_of
 from holdfast.market.traces import Trace
+from holdfast.placement.situation import Seen
 from holdfast.storage import ObjectStore
 
 log = logging.getLogger(__name__)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from holdfast.drivers.protocol import CapacityPool
 from holdfast.market.history import Life
-from holdfast.placement.situation import UNSEEN
+from holdfast.placement.situation import UNSEEN, Seen
 
 SEEN_FOR = timedelta(days=7)
 TICK_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A `placement.situation.PoolHistory`."""
-
-    gap_seconds: float
-    available: bytes
 
 
 def seen_of(lives: Iterable[Life], pool: CapacityPool, now: datetime) -> Seen | None:

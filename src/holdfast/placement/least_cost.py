@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from holdfast.placement.hazards import Belief, Library
-from holdfast.placement.situation import UNSEEN, USED_UP, Decision, PoolHistory, Situation, is_safe, on_demand_pool
+from holdfast.placement.situation import (
+    UNSEEN,
+    USED_UP,
+    Decision,
+    PoolHistory,
+    Seen,
+    Situation,
+    is_safe,
+    on_demand_pool,
+)
 from holdfast.placement.value_tables import Tables, Terms, tables
 
 DIFFERS = 0.1
@@ -288,16 +296,8 @@ def _demand_usd(now: _Now, state: int, belief: Belief, leaving: bool = False) ->
     return now.on_demand_usd + belief.expected(now.found.on_demand[now.place, state], *now.found.among(slack))
 
 
-@dataclass(frozen=True, slots=True)
-class _Together:
-    """What any of several pools had to give."""
-
-    gap_seconds: float
-    available: bytes
-
-
 def _together(histories: Sequence[PoolHistory | None]) -> PoolHistory | None:
-    """That none had anything is seen only where all were looked at."""
+    """What any of several pools had to give; that none had anything is seen only where all were looked at."""
     seen = [one for one in histories if one is not None]
     if not seen or len({one.gap_seconds for one in seen}) > 1:
         return None
@@ -306,7 +306,7 @@ def _together(histories: Sequence[PoolHistory | None]) -> PoolHistory | None:
     if len(seen) < len(histories):
         records.append(bytes([UNSEEN]) * ticks)
     together = bytes(1 if 1 in at_once else max(at_once) for at_once in zip(*records, strict=True))
-    return _Together(seen[0].gap_seconds, together)
+    return Seen(seen[0].gap_seconds, together)
 
 
 def _near(one: float, other: float, least: float = 0.0) -> bool:

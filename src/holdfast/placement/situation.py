@@ -51,6 +51,14 @@ class PoolHistory(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A `PoolHistory` of what machines that were asked for have shown."""
+
+    gap_seconds: float
+    available: bytes
+
+
 @dataclass(slots=True)
 class Situation:
     """Seconds count from the run's start, before which there is nothing to see but `history`."""

@@ -19,6 +19,7 @@ from holdfast.queues.address import redacted
 from holdfast.storage import ObjectStore
 from holdfast.supervision.batch_run import BatchRun
 from holdfast.supervision.fleet_opening import checked_run_id, refuse_what_can_not_go_on
+from holdfast.supervision.plan import refuse_a_past_deadline
 from holdfast.supervision.preflight import check_job, check_store
 
 
@@ -37,8 +38,11 @@ def open_batch_run(
     check_job(job, driver)
     run = BatchRun(job, driver, store, budget, run_id)
     refuse_what_can_not_go_on(run, budget)
-    if run.state.state == "new":  # one that has begun is done late rather than not
-        run.pace.check(driver.clock.now())
+    now = driver.clock.now()
+    if run.state.state == "new" and (
+        deadline_at := job.deadline_at(now)
+    ):  # one that has begun is done late, if need be
+        refuse_a_past_deadline(deadline_at, now)
     check_queue(run)
     claim_results(run)
     return run

@@ -7,12 +7,11 @@ demand, so that no machine is lost twice; one start of all of them, and one batc
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from holdfast.drivers.protocol import CapacityPool, Offer
-from holdfast.errors import ConfigError
 from holdfast.placement.fleet_policy import Paced, PastRound
 from holdfast.placement.policies import BEST, Terms, policy_named
 from holdfast.placement.situation import (
@@ -39,22 +38,14 @@ MEASURED_AGAIN_WALL_SECONDS = 30.0
 class Pace:
     """Of one run in one process. Seconds are the cloud's."""
 
-    def __init__(self, run: BatchRun) -> None:
-        self._run = run
+    def __init__(self, run: BatchRun, seen: Callable[[CapacityPool], PoolHistory | None]) -> None:
+        """`seen`: what is known of a pool's past; asked once, at the policy's first decision."""
+        self._run, self._seen = run, seen
         self._policy: Policy | None = None
         self._offers: Sequence[Offer] = ()
         self._history: Sequence[PoolHistory | None] = ()
         self._measured: float | None = None
         self._measured_at = float("-inf")
-
-    def check(self, now: datetime) -> None:
-        """Raises ConfigError where the deadline is past before anything has begun."""
-        deadline_at = self._run.job.deadline_at(self._run.state.started_at or now)
-        if deadline_at is not None and deadline_at <= now:
-            raise ConfigError(
-                f"deadline: {deadline_at.isoformat()} is past, on the cloud's clock it is {now.isoformat(timespec='seconds')}; "
-                "name a later one"
-            )
 
     def decide(self, offers: Sequence[Offer], rounds: Sequence[PastRound], now: datetime) -> Paced | None:
         """None: no hurry."""
@@ -98,7 +89,7 @@ class Pace:
         if self._policy is None:
             self._offers = list(offers)
             self._policy = policy_named(BEST, Terms(offers=self._offers))
-            self._history = [self._run.seen(one.pool) for one in self._offers]
+            self._history = [self._seen(one.pool) for one in self._offers]
         return self._policy
 
     def _views(

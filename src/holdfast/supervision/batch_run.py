@@ -19,7 +19,7 @@ from holdfast.batch.settings import SETTINGS, WorkerSettings, settings_key, writ
 from holdfast.batch.several import WORKERS
 from holdfast.batch.spec import GROUP
 from holdfast.batch.worker import PROGRESS_SECONDS
-from holdfast.drivers.protocol import CapacityPool, Driver, Offer, PricePoint
+from holdfast.drivers.protocol import Driver, Offer, PricePoint
 from holdfast.errors import OverBudgetError
 from holdfast.ledger.batch_state import BatchState, read_batch_state
 from holdfast.ledger.batch_summary import batch_headline, batch_to_markdown, summarise_batch
@@ -29,7 +29,6 @@ from holdfast.ledger.fleet_state import Member, Round
 from holdfast.ledger.journal import Entry
 from holdfast.model import BatchJob
 from holdfast.placement.fleet_policy import FleetSituation, PastRound
-from holdfast.placement.situation import PoolHistory
 from holdfast.queues.opening import open_queue
 from holdfast.queues.protocol import Queue
 from holdfast.storage import ObjectStore
@@ -100,8 +99,9 @@ class BatchRun(FleetRun):
         """Machines whose workers are known to have taken batches."""
         self.start_seconds: float | None = None
         """The longest that one took from its launch until that was known, on the cloud's clock."""
-        self.pace = Pace(self)
         super().__init__(job, driver, store, budget, run_id)
+        self._pace = Pace(self, self._market.seen)
+        self._opened_at = driver.clock.now()
 
     def _fold(self, entries: Sequence[Entry]) -> BatchState:
         return read_batch_state(self.run_id, entries)
@@ -213,8 +213,10 @@ class BatchRun(FleetRun):
             if json.loads(self.store.get(key))["phase"] != "starting":
                 machine = self._machine_of(key)
                 self._begun.add(machine)
-                took = self.driver.clock.now() - self.state.members[machine].launched_at
-                self.start_seconds = max(self.start_seconds or 0.0, took.total_seconds())
+                launched_at = self.state.members[machine].launched_at
+                if launched_at >= self._opened_at:  # when an earlier process's machine began, nobody saw
+                    took = (self.driver.clock.now() - launched_at).total_seconds()
+                    self.start_seconds = max(self.start_seconds or 0.0, took)
 
     def _machine_of(self, key: str) -> str:
         return key.removeprefix(f"{self.prefix}/workers/").removesuffix(".json").rpartition("-")[0]
@@ -264,9 +266,6 @@ class BatchRun(FleetRun):
         said = sum(one["busy_seconds"] for one in self.said_by_workers().values())
         return speed * (said + PROGRESS_SECONDS * len(self.state.living))
 
-    def seen(self, pool: CapacityPool) -> PoolHistory | None:
-        return self._market.seen(pool)
-
     # -- how many machines ----------------------------------------------------------------------------------------------
 
     @property
@@ -303,7 +302,7 @@ class BatchRun(FleetRun):
     def _situation(self, offers: Sequence[Offer]) -> FleetSituation:
         filled = Counter(member.model for member in self.filled)
         situation = super()._situation(offers)
-        paced = self.pace.decide(offers, situation.rounds, situation.now)
+        paced = self._pace.decide(offers, situation.rounds, situation.now)
         return dataclasses.replace(situation, machines=self.wanted, filled=filled, paced=paced)
 
     def _past_round(self, asked: Round) -> PastRound:

@@ -115,6 +115,14 @@ def hours(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if abs(seconds) < 3 * 3600 else f"{seconds / 3600:.1f} h"
 
 
+def refuse_a_past_deadline(deadline_at: datetime, now: datetime) -> None:
+    if deadline_at <= now:
+        raise ConfigError(
+            f"deadline: {deadline_at.isoformat()} is past, on the cloud's clock it is {now.isoformat(timespec='seconds')}; "
+            "name a later one"
+        )
+
+
 class Planner:
     """Of one run in one process; what it must not forget is in the journal."""
 
@@ -124,7 +132,7 @@ class Planner:
         offers: Sequence[Offer],
         profile: JobProfile,
         detect_seconds: float,
-        seen: Callable[[CapacityPool], PoolHistory | None] = lambda pool: None,
+        seen: Callable[[CapacityPool], PoolHistory | None],
     ) -> None:
         """`detect_seconds`: what passes, on the cloud's clock, between a machine's end and the next one's launch.
 
@@ -338,11 +346,7 @@ class Planner:
         deadline_at = job.deadline_at(state.started_at or now)
         if deadline_at is None:
             return
-        if deadline_at <= now:
-            raise ConfigError(
-                f"deadline: {deadline_at.isoformat()} is past, on the cloud's clock it is {now.isoformat(timespec='seconds')}; "
-                "name a later one"
-            )
+        refuse_a_past_deadline(deadline_at, now)
         work = self.work(state, None, {}, now)
         if work is None:
             return

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ from tests.conftest import PROGRAMS
 PREEMPTIONS = int(os.environ.get("HOLDFAST_TEST_PREEMPTIONS", "3"))
 REPOSITORY = Path(__file__).parents[2]
 CLIENTS = 4
+RETRY_AFTER_SECONDS = 0.5
+"""A process that is killed closes its connections before the socket that it listens on, which takes a retry at once."""
 PATIENCE_SECONDS = 240.0
 KILLS = 2
 """Without notice."""
@@ -197,7 +200,9 @@ class Failure:
 
 
 class Load:
-    """Clients that send one request after another, each over a connection that is kept, and retry a failed one once."""
+    """Clients that send one request after another, each over a connection that is kept, and retry a failed one once,
+    a moment later.
+    """
 
     def __init__(self, address: str, seconds: float = 0.05) -> None:
         self._address, self._seconds = address, seconds
@@ -225,6 +230,7 @@ class Load:
             ended_at = datetime.now(UTC)
             retried = False
             if problem:
+                time.sleep(RETRY_AFTER_SECONDS)
                 answer, _ = self._ask(connection)
                 retried = answer is not None
             with self._lock:

@@ -9,6 +9,7 @@ used as a machine's program uses it: the environment, `holdfast.attach`, `run.st
 | key | what |
 | --- | --- |
 | stall_over_memcpy | what the loop takes longer for a save, from the save until 0.1 s after it is durable, over one memcpy |
+| limit_... | the same of one memcpy, then a raw write by another process: no checksum, no protocol, nothing to resume |
 | dcp_async_over_ours | the same of DCP over Holdfast's, which is taken for a tenth of a memcpy at least |
 | persist_slowdown_percent | the median step after the one that waits for the copy, until the save is durable, over that without |
 | durable_over_raw_write | from the save to durable, less one memcpy (`durable_from_save_...`: with it), over write and fsync |
@@ -45,7 +46,7 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 CPU_PARAMETERS, CUDA_PARAMETERS = 100_000_000, 1_000_000_000
 BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments, four bytes each
-COPIES_ON_DISK, COPIES_IN_MEMORY = 9, 10
+COPIES_ON_DISK, COPIES_IN_MEMORY = 10, 11
 DCP_KINDS = ("threads", "process")
 QUICK_LOADS, QUICK_SECONDS = 3, 50.0
 """With --quick: after so many seconds, that many loads are enough, and one by DCP."""
@@ -99,12 +100,12 @@ def measure(parameters: int | None, rounds: int, quick: bool, parent: Path | Non
     import torch._dynamo
     import torch.distributed.checkpoint
 
-    from benchmarks.support import phases
+    from benchmarks.support import limits, phases
 
     cuda = torch.cuda.is_available()
     parameters = parameters or (CUDA_PARAMETERS if cuda else CPU_PARAMETERS)
     torch.set_num_threads(1)
-    with workplace(parent, parameters * BYTES_PER_PARAMETER) as folder:
+    with workplace(parent, parameters * BYTES_PER_PARAMETER) as folder, limits.as_on_our_machines() as huge_pages:
         setting = phases.Setting(
             parameters=parameters,
             device="cuda" if cuda else "cpu",
@@ -112,6 +113,7 @@ def measure(parameters: int | None, rounds: int, quick: bool, parent: Path | Non
             folder=folder,
             peers=DCP_KINDS,
             began=began,
+            huge_pages=huge_pages,
         )
         trained, loaded = measure_local(setting, quick)
         low = run(setting, "low_memory", "a save with low_memory")
@@ -210,6 +212,7 @@ def report(setting: Any, found: Mapping[str, Any], quick: bool) -> dict[str, Any
         "rounds": len(found["train"]["limits"]["raw_write"]),
         "parameters": setting.parameters,
         "device": setting.device,
+        "huge_pages_in_shared_memory": setting.huge_pages,
         "state_bytes": found["train"]["state_bytes"],
         "checkpoint_bytes": found["train"]["checkpoint_bytes"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -238,6 +241,10 @@ def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         mid = limits | {name: median(some) for name, some in values.items()}
         put("stall_over_memcpy", length, mid["holdfast_extra"] / mid["memcpy"])
         put("persist_slowdown_percent", length, mid["holdfast_slow_down_percent"])
+        if "limit_extra" in mid:
+            put("limit_stall_over_memcpy", length, mid["limit_extra"] / mid["memcpy"])
+            put("limit_persist_slowdown_percent", length, mid["limit_slow_down_percent"])
+            put("limit_durable_over_raw_write", length, (mid["limit_durable"] - mid["memcpy"]) / mid["raw_write"])
         put("durable_over_raw_write", length, (mid["holdfast_durable"] - mid["memcpy"]) / mid["raw_write"])
         put("durable_from_save_over_raw_write", length, mid["holdfast_durable"] / mid["raw_write"])
         for kind in DCP_KINDS:

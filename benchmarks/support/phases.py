@@ -13,7 +13,7 @@ from typing import Any
 
 import holdfast
 from benchmarks.support import s3_clients
-from benchmarks.support.limits import Image, drop_pages
+from benchmarks.support.limits import Image, Limit, drop_pages
 from benchmarks.support.processes import memory_held
 from benchmarks.support.savers import Dcp, Holdfast, load_dcp
 from benchmarks.support.windows import Saver, Series, Window, quiet, saving
@@ -40,6 +40,8 @@ class Setting:
     peers: tuple[str, ...]
     """Kinds of DCP's async_save."""
     peers_lengths: tuple[str, ...] = (SHORT, LONG)
+    huge_pages: bool = False
+    """Are they to be had for shared memory?"""
     in_a_hurry: bool = False
     """DCP is left out of rounds that begin late, and rounds beyond the third of a slow disk's."""
 
@@ -79,6 +81,9 @@ def train(setting: Setting) -> dict[str, Any]:
     say(f"Holdfast holds {shared / state_bytes:.2f} copies of the state in shared memory")
     image = Image(workload)
     savers: dict[str, Saver] = {"holdfast": ours}
+    if setting.device == "cpu":
+        savers["limit"] = limit = Limit(workload, setting.folder)
+        saving(workload.step, limit)
     for kind in setting.peers:
         savers[kind] = peer = Dcp(workload, setting.folder, kind)
         saving(workload.step, peer)
@@ -97,7 +102,7 @@ def train(setting: Setting) -> dict[str, Any]:
             found.add("memcpy", timed(image.copy))
             before = _quiet(workload, shape)
             for name, saver in savers.items():
-                if saver is not ours and not (with_peers and length in setting.peers_lengths):
+                if name in setting.peers and not (with_peers and length in setting.peers_lengths):
                     continue
                 window = saving(workload.step, saver)
                 bookkeeping += window.between if saver is ours else []

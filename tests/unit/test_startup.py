@@ -357,3 +357,33 @@ def test_a_console_that_nobody_reads_any_more_does_not_disarm_it(tmp_path: Path)
     machine.stdout.close()
     machine.wait(30)
     assert off.exists()
+
+
+# -- the machine's settings -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "left"),
+    [
+        ("always within_size advise [never] deny force\n", "advise\n"),
+        ("[always] within_size advise never deny force\n", None),
+        ("always within_size advise never [deny] force\n", None),  # somebody's own decision
+        (None, None),  # a kernel without them
+    ],
+)
+def test_snapshots_may_have_huge_pages_where_the_image_has_not_decided(
+    tmp_path: Path, found: str | None, left: str | None
+) -> None:
+    setting = tmp_path / "shmem_enabled"
+    if found is not None:
+        setting.write_text(found)
+    text = files("holdfast.runtime").joinpath("startup.sh").read_text()
+    function = text[text.index("allow_huge_pages() {") : text.index("# The machine's own dead-man's switch")]
+    path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    assert path in function
+    script = (
+        f"set -eu -o pipefail\n{function.replace(path, str(setting))}allow_huge_pages 2> /dev/null || true\necho on"
+    )
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert ran.stdout == "on\n"
+    assert (setting.read_text() if setting.exists() else None) == (left or found)

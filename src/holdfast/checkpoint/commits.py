@@ -36,7 +36,7 @@ PIECE_BYTES = 16 * 1024 * 1024
 """An image is written, checked and read in pieces of so many bytes, each with a CRC-32 (RFC 1952): ten times as fast as
 a SHA-256, finds every burst of 32 bits, and says which piece is damaged."""
 READERS = 4
-PIECES_AHEAD = 3
+COMPRESSORS, COMPRESSED_AHEAD = 2, 3
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -92,25 +92,15 @@ class Checkpoints:
         sums: list[str] = []
         stored: list[int] = []
 
-        def prepare(start: int) -> tuple[int, Data]:
-            piece = image[start : start + PIECE_BYTES]
-            return crc32(piece), compression.compress(piece) if compressed else piece
+        def noted(piece: memoryview, data: Data) -> Data:
+            sums.append(f"{crc32(piece):08x}")  # just before it is sent: the processor's cache still has it then
+            stored.append(len(data))
+            return data
 
-        def pieces(pool: ThreadPoolExecutor) -> Iterator[Data]:
-            waiting: deque[Future[tuple[int, Data]]] = deque()
-            starts = iter(range(0, len(image), PIECE_BYTES))
-            while True:
-                while len(waiting) < PIECES_AHEAD and (start := next(starts, None)) is not None:
-                    waiting.append(pool.submit(prepare, start))
-                if not waiting:
-                    return
-                summed, piece = waiting.popleft().result()
-                sums.append(f"{summed:08x}")
-                stored.append(len(piece))
-                yield piece
-
-        with ThreadPoolExecutor(PIECES_AHEAD - 1, thread_name_prefix="holdfast-sums") as pool:
-            self._store.put(f"{self._prefix}{checkpoint}/{name}", pieces(pool))
+        pieces = (image[start : start + PIECE_BYTES] for start in range(0, len(image), PIECE_BYTES))
+        with ThreadPoolExecutor(COMPRESSORS, thread_name_prefix="holdfast-compress") as pool:
+            pairs = _compressed(pieces, pool) if compressed else ((piece, piece) for piece in pieces)
+            self._store.put(f"{self._prefix}{checkpoint}/{name}", (noted(*pair) for pair in pairs))
         entry = {"size_bytes": sum(stored), "piece_bytes": PIECE_BYTES, "crc32": sums}
         if compressed:
             entry |= {"encoding": compression.ENCODING, "image_bytes": len(image), "stored_bytes": stored}
@@ -321,6 +311,18 @@ def rank_name(rank: int, token: str) -> str:
 def image_bytes(entry: Mapping[str, Any]) -> int:
     """Of an image as it lies in memory; in the store it may be compressed."""
     return int(entry.get("image_bytes", entry["size_bytes"]))
+
+
+def _compressed(pieces: Iterator[memoryview], pool: ThreadPoolExecutor) -> Iterator[tuple[memoryview, bytes]]:
+    """Each with itself compressed; a few are compressed ahead."""
+    waiting: deque[tuple[memoryview, Future[bytes]]] = deque()
+    while True:
+        while len(waiting) < COMPRESSED_AHEAD and (piece := next(pieces, None)) is not None:
+            waiting.append((piece, pool.submit(compression.compress, piece)))
+        if not waiting:
+            return
+        piece, result = waiting.popleft()
+        yield piece, result.result()
 
 
 def _check_entry(entry: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from holdfast.checkpoint.commits import STATE, TREE, CheckpointId, Checkpoints, image_bytes
 from holdfast.checkpoint.image import ITEM_BYTES, Place, Spec, header_bytes, read_places
 from holdfast.checkpoint.shards import Box, is_dtensor, like, local_part, whole
-from holdfast.checkpoint.tensors import as_bytes, dtypes
+from holdfast.checkpoint.tensors import as_bytes, dtypes, fresh
 from holdfast.errors import ConfigError, DamagedCheckpointError
 
 
@@ -84,7 +84,7 @@ class StateContent:
             shape, dtype = stored.spec.shape, dtypes()[stored.spec.dtype]
             if is_dtensor(live) and tuple(live.shape) == shape:
                 _, box, _ = local_part(name, live)
-                local = torch.empty(box.shape, dtype=dtype)
+                local = fresh(box.shape, dtype)
                 targets.append((stored, local, box))
                 sharded[name] = live, local
                 continue
@@ -92,7 +92,7 @@ class StateContent:
                 type(live) is torch.Tensor and live.device.type == "cpu" and live.is_contiguous()
                 and live.dtype == dtype and tuple(live.shape) == shape
             )  # fmt: skip
-            tensor = live if usable else torch.empty(shape, dtype=dtype)
+            tensor = live if usable else fresh(shape, dtype)
             targets.append((stored, tensor, whole(shape)))
             filled[name] = tensor
         self._fill(targets)

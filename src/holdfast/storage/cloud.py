@@ -274,6 +274,9 @@ class _Source:
     def whole_if_small(self) -> bytes | None:
         for chunk in self._chunks:
             view = memoryview(chunk).cast("B")
+            if not self._head and len(view) >= self._part_bytes:
+                self._rest = view  # uncopied: a large piece is seldom the only one
+                return None
             room = self._part_bytes - len(self._head)
             self._head += view[:room]
             if len(view) > room:
@@ -297,7 +300,8 @@ class _Source:
             raise
 
     def _cut(self) -> Iterator[Data]:
-        yield bytes(self._head)
+        if self._head:
+            yield bytes(self._head)
         yield from self._at_most_a_part(self._rest)
         for chunk in self._chunks:
             self.is_spent = True

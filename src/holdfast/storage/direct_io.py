@@ -21,15 +21,14 @@ BLOCK_BYTES = 4096
 SMALLEST_BYTES = 1024 * 1024
 STAGED_BYTES = 16 * 1024 * 1024
 BUFFERS = 2
-WRITE_BYTES = 4 * 1024 * 1024
-"""At once: what a virtual machine's host does for larger ones, in bursts, is taken from the computation beside it."""
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
 
 def write_chunks(file: int, chunks: Iterable[Data]) -> int:
     """Write them one after another from the file's beginning; how many bytes they were.
 
-    A large one is on its way to the disk while the next is being made.
+    A large one is on its way to the disk while the next is being made. One that the disk can take from where it lies
+    (whole blocks of writable memory that begin at one) must stay as it is until all is written.
     """
     written = 0
     with _Writer(file) as writer:
@@ -48,9 +47,7 @@ def write_chunks(file: int, chunks: Iterable[Data]) -> int:
 
 
 class _Writer:
-    """Writes whole blocks in a thread of its own, by way of two buffers in huge pages: out of shared memory's ordinary
-    ones a device takes half as long again.
-    """
+    """Writes whole blocks in a thread of its own: straight from where they lie, or by way of two buffers."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -69,18 +66,23 @@ class _Writer:
                 self._pool.shutdown()
 
     def write_blocks(self, blocks: memoryview) -> None:
-        """Returns as soon as they are in a buffer. Raises OSError, also for what was written before."""
+        """Returns while they are being written. Raises OSError, also for what was written before."""
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
+        straight = _is_straight(blocks, 0)
         for start in range(0, len(blocks), STAGED_BYTES):
-            if len(self._buffers) < BUFFERS:
-                self._buffers.append(huge_buffer(STAGED_BYTES))
-            else:
+            if len(self._writing) == BUFFERS:
                 self._writing.popleft().result()
-                self._buffers.append(self._buffers.pop(0))
             piece = blocks[start : start + STAGED_BYTES]
-            buffer = self._buffers[-1][: len(piece)]
-            buffer[:] = piece
-            self._writing.append(self._pool.submit(_write, self._file, buffer, direct=True))
+            if not straight:
+                piece = self._copy(piece)
+            self._writing.append(self._pool.submit(_write, self._file, piece, direct=True))
+
+    def _copy(self, piece: memoryview) -> memoryview:
+        """In the buffer whose write is the longest over."""
+        buffer = self._buffers.pop(0) if len(self._buffers) == BUFFERS else huge_buffer(STAGED_BYTES)
+        self._buffers.append(buffer)
+        buffer[: len(piece)] = piece
+        return buffer[: len(piece)]
 
     def settle(self) -> None:
         """Wait until all is written. Raises OSError."""
@@ -93,7 +95,7 @@ def _write(file: int, data: memoryview, direct: bool = False) -> None:
     if direct and _set_direct(file, True):
         try:
             while data:
-                data = data[os.write(file, data[:WRITE_BYTES]) :]
+                data = data[os.write(file, data) :]
         except OSError:
             pass  # refused after all (some network file systems): the usual way, which also tells a full disk
         finally:

@@ -15,6 +15,7 @@ used as a machine's program uses it: the environment, `holdfast.attach`, `run.st
 | durable_over_raw_write | from the save to durable, less one memcpy (`durable_from_save_...`: with it), over write and fsync |
 | dcp_durable_over_ours | from the save to durable, DCP's over Holdfast's |
 | upload_over_raw | the same in S3, over the fastest client's upload in parts; the loop sleeps meanwhile |
+| upload_over_checksummed | the same over obstore's with the checksum that S3 verifies, as Holdfast sends it |
 | load_over_raw | attach() with a fresh model and optimizer over the read and one memcpy into a fresh state; no page cached |
 
 A fresh optimizer's moments are memory that no one has touched, and the first touch takes longer than the copy;
@@ -231,6 +232,8 @@ def report(setting: Any, found: Mapping[str, Any], quick: bool) -> dict[str, Any
 
 def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Key -> case -> ratio."""
+    from benchmarks.support.s3_clients import CHECKSUMMED
+
     cases: dict[str, dict[str, float]] = {}
 
     def put(key: str, case: str, value: float) -> None:
@@ -269,6 +272,10 @@ def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         clients = {name: value for name, value in mid.items() if name not in ("holdfast_durable", "memcpy")}
         fastest = min(clients, key=lambda name: clients[name])
         put("upload_over_raw", fastest, (mid["holdfast_durable"] - mid["memcpy"]) / clients[fastest])
+        if CHECKSUMMED in clients:
+            put(
+                "upload_over_checksummed", CHECKSUMMED, (mid["holdfast_durable"] - mid["memcpy"]) / clients[CHECKSUMMED]
+            )
         put("upload_from_save_over_raw", fastest, mid["holdfast_durable"] / clients[fastest])
         for name, value in clients.items():
             put("client_upload_over_fastest", name, value / clients[fastest])

@@ -101,7 +101,9 @@ def train(setting: Setting) -> dict[str, Any]:
             memcpy = found.add("memcpy", timed(image.copy))
             found.add("memcpy", timed(image.copy))
             before = _quiet(workload, shape)
-            for name, saver in savers.items():
+            turns = list(savers.items())
+            first = (number - 1) % len(turns)  # whoever comes first has the raw write's aftermath
+            for name, saver in turns[first:] + turns[:first]:
                 if name in setting.peers and not (with_peers and length in setting.peers_lengths):
                     continue
                 window = saving(workload.step, saver)

@@ -16,6 +16,8 @@ REPOSITORY = Path(__file__).parents[2]
 BUCKET, REGION = "bucket", "us-east-1"
 PART_BYTES = 16 * 2**20
 PARTS_AT_ONCE = 8
+CHECKSUMMED = "obstore, CRC64-NVME"
+"""What S3 checks on arrival: the others send none."""
 Upload = Callable[[memoryview, str], None]
 
 
@@ -47,7 +49,12 @@ def uploads(endpoint: str) -> tuple[dict[str, Upload], dict[str, str]]:
     """By client; and why a client can't be had here."""
     found: dict[str, Upload] = {}
     missing: dict[str, str] = {}
-    for name, make in (("obstore", _obstore), ("boto3", _boto3), ("s3torchconnector", _s3torchconnector)):
+    for name, make in (
+        ("obstore", _obstore),
+        (CHECKSUMMED, lambda endpoint: _obstore(endpoint, checksum_algorithm="crc64nvme")),
+        ("boto3", _boto3),
+        ("s3torchconnector", _s3torchconnector),
+    ):
         try:
             found[name] = make(endpoint)
         except ImportError as error:
@@ -55,7 +62,7 @@ def uploads(endpoint: str) -> tuple[dict[str, Upload], dict[str, str]]:
     return found, missing
 
 
-def _obstore_client(endpoint: str) -> Any:
+def _obstore_client(endpoint: str, **options: Any) -> Any:
     from obstore.store import S3Store
 
     return S3Store(
@@ -65,13 +72,14 @@ def _obstore_client(endpoint: str) -> Any:
         unsigned_payload=True,  # as over TLS: without it the whole body is hashed for the signature
         virtual_hosted_style_request=False,
         client_options={"allow_http": True},
+        **options,
     )
 
 
-def _obstore(endpoint: str) -> Upload:
+def _obstore(endpoint: str, **options: Any) -> Upload:
     import obstore
 
-    client = _obstore_client(endpoint)
+    client = _obstore_client(endpoint, **options)
 
     def upload(data: memoryview, key: str) -> None:
         pieces = (data[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES))

@@ -27,8 +27,7 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 def write_chunks(file: int, chunks: Iterable[Data]) -> int:
     """Write them one after another from the file's beginning; how many bytes they were.
 
-    A large one is on its way to the disk while the next is being made. One that the disk can take from where it lies
-    (whole blocks of writable memory that begin at one) must stay as it is until all is written.
+    A large one is on its way to the disk while the next is being made, unless the disk can take it from where it lies.
     """
     written = 0
     with _Writer(file) as writer:
@@ -47,7 +46,11 @@ def write_chunks(file: int, chunks: Iterable[Data]) -> int:
 
 
 class _Writer:
-    """Writes whole blocks in a thread of its own: straight from where they lie, or by way of two buffers."""
+    """Writes whole blocks: what begins at one from where it lies, the rest by way of two buffers, in a thread of its own.
+
+    The first kind is a snapshot, beside which a program computes: a checksum of the next piece made during the write of
+    this one takes more from that than it gains.
+    """
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -66,23 +69,23 @@ class _Writer:
                 self._pool.shutdown()
 
     def write_blocks(self, blocks: memoryview) -> None:
-        """Returns while they are being written. Raises OSError, also for what was written before."""
+        """Returns when they are written, or in a buffer. Raises OSError, also for what was written before."""
+        if _is_straight(blocks, 0):
+            self.settle()
+            _write(self._file, blocks, direct=True)
+            return
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
-        straight = _is_straight(blocks, 0)
         for start in range(0, len(blocks), STAGED_BYTES):
-            if len(self._writing) == BUFFERS:
-                self._writing.popleft().result()
+            if len(self._buffers) < BUFFERS:
+                self._buffers.append(huge_buffer(STAGED_BYTES))
+            else:
+                if len(self._writing) == BUFFERS:
+                    self._writing.popleft().result()
+                self._buffers.append(self._buffers.pop(0))
             piece = blocks[start : start + STAGED_BYTES]
-            if not straight:
-                piece = self._copy(piece)
-            self._writing.append(self._pool.submit(_write, self._file, piece, direct=True))
-
-    def _copy(self, piece: memoryview) -> memoryview:
-        """In the buffer whose write is the longest over."""
-        buffer = self._buffers.pop(0) if len(self._buffers) == BUFFERS else huge_buffer(STAGED_BYTES)
-        self._buffers.append(buffer)
-        buffer[: len(piece)] = piece
-        return buffer[: len(piece)]
+            buffer = self._buffers[-1][: len(piece)]
+            buffer[:] = piece
+            self._writing.append(self._pool.submit(_write, self._file, buffer, direct=True))
 
     def settle(self) -> None:
         """Wait until all is written. Raises OSError."""

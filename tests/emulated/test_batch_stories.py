@@ -40,7 +40,7 @@ def carry(job: BatchJob, account: Account) -> dict[str, Any]:
 
 
 def test_records_in_a_bucket_are_worked_on_by_machines_that_share_nothing_else(opened: Open, folder: Path) -> None:
-    account: Account = opened(Fate(after_seconds=8, notice=False))
+    account: Account = opened(Fate(after_seconds=5, notice=False))  # the work alone takes some five seconds
     store = account.open_store()
     lines = [json.dumps({"n": n}) + "\n" for n in range(200)]
     for number in range(4):

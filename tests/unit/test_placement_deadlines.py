@@ -194,10 +194,12 @@ def test_without_a_deadline_it_waits_for_spot() -> None:
     work=st.sampled_from([1.0, 15.0, 600.0, 72000.0]), slack=st.floats(0.5, 400.0), tick=st.sampled_from([10.0, 600.0])
 )
 def test_beside_spot_that_is_there_no_tick_is_idle(work: float, slack: float, tick: float) -> None:
-    """However small the work is beside the steps of the tables, or the time."""
+    """However small the work is beside the steps of the tables, or the time. Where spot may well not last to the end,
+    on-demand can be the cheaper one.
+    """
     asked = situation(1.0, slack_hours=slack)
     asked.tick_seconds, asked.work_total_seconds = tick, work
-    assert LeastCost(FITTED).decide(asked).pool == 0
+    assert LeastCost(FITTED).decide(asked).pool is not None
 
 
 @dataclass

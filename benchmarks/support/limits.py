@@ -20,6 +20,7 @@ from benchmarks.support.workload import Workload, timed
 PIECE_BYTES = 16 * 2**20
 BLOCK_BYTES = 4096
 """O_DIRECT takes memory, places and lengths in multiples of it."""
+SHARED_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class Image:
@@ -153,16 +154,14 @@ class Limit:
         self._writer.wait()
 
 
-SHARED_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-
-
 @contextmanager
-def as_on_our_machines() -> Iterator[bool]:
-    """Huge pages for shared memory, as startup.sh allows them; was it so, or could it be had?"""
+def shared_huge_pages() -> Iterator[bool]:
+    """Allows them to shared memory meanwhile, as startup.sh does on the clouds' machines; False: they can't be had."""
     try:
         before = SHARED_HUGE_PAGES.read_text()
         if "[never]" in before:
             SHARED_HUGE_PAGES.write_text("advise\n")
+            print(f"allowing huge pages in {SHARED_HUGE_PAGES}; forbidden again at the end", flush=True)
     except OSError:
         yield False
         return

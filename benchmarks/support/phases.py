@@ -40,8 +40,6 @@ class Setting:
     peers: tuple[str, ...]
     """Kinds of DCP's async_save."""
     peers_lengths: tuple[str, ...] = (SHORT, LONG)
-    huge_pages: bool = False
-    """Are they to be had for shared memory?"""
     in_a_hurry: bool = False
     """DCP is left out of rounds that begin late, and rounds beyond the third of a slow disk's."""
 

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 from holdfast.checkpoint.commits import STATE, TREE, CheckpointId, Checkpoints, image_bytes
 from holdfast.checkpoint.image import ITEM_BYTES, Place, Spec, header_bytes, read_places
 from holdfast.checkpoint.shards import Box, is_dtensor, like, local_part, whole
-from holdfast.checkpoint.tensors import as_bytes, dtypes, fresh
+from holdfast.checkpoint.slots import MADV_HUGEPAGE, advise
+from holdfast.checkpoint.tensors import as_bytes, dtypes
 from holdfast.errors import ConfigError, DamagedCheckpointError
+
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class StateContent:
             shape, dtype = stored.spec.shape, dtypes()[stored.spec.dtype]
             if is_dtensor(live) and tuple(live.shape) == shape:
                 _, box, _ = local_part(name, live)
-                local = fresh(box.shape, dtype)
+                local = _fresh(box.shape, dtype)
                 targets.append((stored, local, box))
                 sharded[name] = live, local
                 continue
@@ -92,7 +95,7 @@ class StateContent:
                 type(live) is torch.Tensor and live.device.type == "cpu" and live.is_contiguous()
                 and live.dtype == dtype and tuple(live.shape) == shape
             )  # fmt: skip
-            tensor = live if usable else fresh(shape, dtype)
+            tensor = live if usable else _fresh(shape, dtype)
             targets.append((stored, tensor, whole(shape)))
             filled[name] = tensor
         self._fill(targets)
@@ -175,6 +178,18 @@ class StateContent:
                     run.into[first - run.start : last - run.start].copy_(source[first - start : last - start])
 
         self._checkpoints.read_pieces(self.checkpoint, self.manifest, image, use, wanted)
+
+
+def _fresh(shape: tuple[int, ...], dtype: Any) -> Any:
+    """CPU memory for a tensor, in huge pages where the kernel has them: most of its page faults are spared."""
+    import torch
+
+    tensor = torch.empty(shape, dtype=dtype)
+    begin = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    size_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - begin
+    if size_bytes >= HUGE_PAGE_BYTES:
+        advise(begin, size_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MADV_HUGEPAGE)
+    return tensor
 
 
 class _Run(NamedTuple):

@@ -124,12 +124,16 @@ def _pages(size_bytes: int) -> int:
 
 
 def _advise(memory: mmap.mmap, advice: int) -> None:
-    """Through ctypes: mmap.madvise knows neither, and holds the interpreter's lock. A kernel that refuses is no error."""
-    if not LINUX:
-        return
-    madvise = ctypes.CDLL(None).madvise
     anchor = ctypes.c_char.from_buffer(memory)
     try:
-        madvise(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(len(memory)), ctypes.c_int(advice))
+        advise(ctypes.addressof(anchor), len(memory), advice)
     finally:
         del anchor
+
+
+def advise(address: int, size_bytes: int, advice: int) -> None:
+    """Through ctypes: mmap.madvise does not know them all, and holds the interpreter's lock. A kernel that refuses is no
+    error.
+    """
+    if LINUX:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), ctypes.c_int(advice))

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 from typing import Any
-
-HUGE_PAGE_BYTES = 2 * 1024 * 1024
-MADV_HUGEPAGE = 14  # linux/mman.h
 
 
 @functools.cache
@@ -42,16 +37,3 @@ def as_bytes(tensor: Any) -> Any:
     import torch
 
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def fresh(shape: tuple[int, ...], dtype: Any) -> Any:
-    """CPU memory for a tensor, in huge pages where the kernel has them: their first touch takes a third of the time."""
-    import torch
-
-    tensor = torch.empty(shape, dtype=dtype)
-    if sys.platform == "linux":
-        begin = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        size = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - begin) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-        if size > 0:  # a kernel that refuses is no error
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(MADV_HUGEPAGE))
-    return tensor

@@ -27,8 +27,8 @@ finish() {
   if [ -n "$watchdog" ]; then kill "$watchdog"; fi
   power_off
 }
-# Snapshots of the training's state lie in shared memory, and the disk takes them from huge pages twice as fast. Most
-# systems forbid those; from here on whoever asks for them gets them.
+# Snapshots of the training's state lie in shared memory, and a disk takes them sooner from huge pages. Most systems
+# forbid those; from here on whoever asks for them gets them.
 allow_huge_pages() {
   huge=/sys/kernel/mm/transparent_hugepage/shmem_enabled
   case "$(cat $huge)" in *"[never]"*) echo advise > $huge ;; esac

@@ -227,8 +227,9 @@ def test_what_came_back_too_often_is_dead_and_says_why(open_one: Open) -> None:
         assert queue.lease(1, wait_seconds=0.2) == []
     ((body, reason),) = dead
     assert body == b"poison" and "2 times" in reason
-    assert queue.dead() == dead  # looking takes nothing away
-    assert queue.depth().dead == 1
+    for _ in range(5):
+        assert queue.dead() == dead  # looking takes nothing away
+        assert queue.depth().dead == 1
 
 
 def test_what_is_declared_dead_is_not_tried_again(open_one: Open) -> None:

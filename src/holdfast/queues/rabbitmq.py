@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 20.0
 """A server that takes longer is away."""
+BACK_SECONDS = 5.0
+"""What a channel held is back in its queue some time after the channel's end; `depth` is right once it is."""
 UNCONFIRMED = 500
 LONGEST_REASON = 10_000
 """Letters: a header has to fit into one frame."""
@@ -116,13 +118,16 @@ class RabbitQueue:
     def _dead(self, channel: amqp.Channel) -> list[tuple[bytes, str]]:
         """Of two that look at the same time, one sees none."""
         looking = channel.connection.channel()
+        found: list[tuple[bytes, str]] = []
         try:
-            found: list[tuple[bytes, str]] = []
             while message := looking.basic_get(self._dead_name):
                 found.append((as_bytes(message.body), str((message.headers or {}).get(REASON, ""))))
-            return found
         finally:
             looking.close()  # they go back to their places
+        give_up_at = time.monotonic() + BACK_SECONDS
+        while channel.queue_declare(self._dead_name, passive=True)[1] < len(found) and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+        return found
 
     def depth(self) -> Depth:
         return persist(lambda: self._on_channel(self._depth))

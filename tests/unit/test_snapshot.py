@@ -154,7 +154,7 @@ def test_a_snapshot_that_failed_gives_its_slot_back(training: Training) -> None:
         assert training.snapshots.take(step, {})
         with torch.no_grad():
             training.model[0].weight.add_(1)
-        training.snapshots.hold()
+        training.snapshots.hold(training.optimizer)
         assert training.snapshots.failure is not None
         training.snapshots.failure = None
     assert training.offered == []

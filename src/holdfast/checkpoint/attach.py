@@ -134,6 +134,7 @@ class Attached:
         self._completed_at = self._clock.now()
         self._began = self._saved_at  # the machine is as old as its program, but for the boot
         self._copies: deque[float] = deque(maxlen=RECENT)
+        self._hold_seconds = 0.0
         self._steps: deque[float] = deque(maxlen=RECENT)
 
     @property
@@ -264,12 +265,11 @@ class Attached:
     def _is_due(self) -> bool:
         seconds = (time.monotonic() - self._saved_at) * self._clock.speed
         cost = self._committer.commit_seconds
-        copy = self._copies[-1] if self._copies else 0.0
         speed = self._clock.speed
         return self._policy.is_due(
             self._step - self._saved_step,
             seconds,
-            None if cost is None else (copy + 0.1 * cost) * speed,
+            None if cost is None else (self._hold_seconds + 0.1 * cost) * speed,
             age_seconds=(time.monotonic() - self._began) * speed,
             commit_seconds=self._seconds_to_be_safe() * speed,
         )
@@ -304,7 +304,8 @@ class Attached:
         self._say_failure()
 
     def _offer(self, snapshot: Snapshot) -> None:
-        self._copies.append(snapshot.hold_seconds)
+        self._copies.append(snapshot.copy_seconds)
+        self._hold_seconds = snapshot.hold_seconds
         self._committer.offer(snapshot)
 
     def _say_failure(self) -> None:

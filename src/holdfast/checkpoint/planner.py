@@ -58,7 +58,7 @@ class Spread:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     copy_seconds: Spread
-    """From the end of a step until the training may go on."""
+    """From the end of a step until its state is copied."""
     durable_seconds: Spread
     """From the end of the copy to the visible manifest, of a save that waits for no other."""
     step_seconds: Spread

@@ -1,9 +1,10 @@
 """A consistent copy of the state in shared memory, taken while the next step already computes.
 
-Forward and backward only read parameters and the optimizer's state, so these are copied by a thread meanwhile; the copy
-is waited for just before an optimizer changes anything (a hook before every optimizer's step). All the rest (buffers,
-generators, the user's own tensors) is copied at once. Programs that change parameters elsewhere are found out: the first
-overlapped copy is compared with what is there when the optimizer comes, and every copy's version counters are.
+Forward and backward only read parameters and the optimizer's state, so these are copied by a thread meanwhile. A hook before
+every optimizer's step waits until what that step changes is copied: parameters with a gradient, and their state. The others
+are copied while the training is already further. All the rest (buffers, generators, the user's own tensors) is copied at
+once. Programs that change parameters elsewhere are found out: by the tensors' version counters, by samples of what was not
+waited for, and the first overlapped copy is compared as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,50 @@ from holdfast.errors import ConfigError, HoldfastError
 
 log = logging.getLogger(__name__)
 
-MEMCMP = ctypes.CDLL(None).memcmp
-MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+MEMCMP, MEMMOVE = ctypes.CDLL(None).memcmp, ctypes.CDLL(None).memmove
+MEMCMP.argtypes = MEMMOVE.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+MEMMOVE.restype = ctypes.c_void_p
 SMALL_BYTES = 4096
 """Smaller tensors are not worth a wait: an optimizer's step counters, for example."""
 WORDS_BYTES = 256 * 1024
 """Room for JSON beyond what the first snapshot needs."""
+TURN_BYTES = 16 * 1024 * 1024
+"""The copying thread looks for what an optimizer waits for after so much (or one larger tensor)."""
+SAMPLE_BYTES = 64
+"""Of a tensor's beginning, middle and end."""
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """A tensor, and the memory that it is copied to."""
+
+    view: Any
+    source: Any
+    address: int
+    version: int
+    """Every change of a tensor in place counts it up."""
+    sample: tuple[int, bytes] | None = None
+    """Address and some bytes before the copy; None where the tensor is not its bytes in the processor's memory."""
+    copied: bool = False
+    released: bool = False
+    """It is copied, and an optimizer may change it."""
+
+    @classmethod
+    def of(cls, view: Any, source: Any) -> Pair:
+        return cls(view, source, source.data_ptr(), source._version)
+
+    @property
+    def on_cpu(self) -> bool:
+        return bool(self.source.device.type == "cpu")
+
+    @property
+    def size_bytes(self) -> int:
+        return int(self.source.numel() * self.source.element_size())
+
+    @property
+    def is_sound(self) -> bool:
+        """It has not been changed, or not before it could be."""
+        return self.released or (self.source._version == self.version and _sample(self.source) == self.sample)
 
 
 @dataclass(slots=True)
@@ -52,6 +91,8 @@ class Snapshot:
     """How long the training was held up for it, so far (wall)."""
     held_from: float | None = None
     """Since when it is held up just now."""
+    copy_seconds: float = 0.0
+    """From `began` until all of it was copied (wall)."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -78,7 +119,15 @@ class Snapshots:
         self._current: Snapshot | None = None
         self._overlap = self._has_hooks()
         self._proven = False
-        self._late: list[tuple[Any, Any, int]] = []
+        self._selective = True
+        """An optimizer's step waits for what it changes only."""
+        self._late: list[Pair] = []
+        """What the thread copies."""
+        self._urgent: list[Pair] = []
+        """What an optimizer waits for."""
+        self._doubtful: list[Pair] = []
+        """Of the first overlapped copy, until the end of the step."""
+        self._progress = threading.Condition()
         self._words = b""
         self._events: list[tuple[Any, Any]] = []
         """(device, event at the end of its copies)"""
@@ -88,7 +137,9 @@ class Snapshots:
         if self._overlap:
             from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-            self._hook = register_optimizer_step_pre_hook(lambda *_: self.hold())
+            self._hook = register_optimizer_step_pre_hook(
+                lambda optimizer, given, named: self.hold(optimizer, any((*given[1:], *named.values())))
+            )
 
     @property
     def in_progress(self) -> bool:
@@ -117,6 +168,7 @@ class Snapshots:
         there is no memory to store it in.
         """
         self.settle()
+        self._resolve_doubts()
         began = time.monotonic()
         collected = self._state.collect()
         everything = {**words, "step": step, "tree": {**collected.tree, "shards": collected.shards()}}
@@ -134,21 +186,63 @@ class Snapshots:
         self._copy(index, collected.leaves, snapshot)
         if not self._late:
             self.settle()
-        if not snapshot.complete:
-            snapshot.hold_seconds, snapshot.held_from = time.monotonic() - began, None
+        with self._progress:
+            if not snapshot.complete:
+                snapshot.hold_seconds, snapshot.held_from = time.monotonic() - began, None
         return snapshot
 
-    def hold(self) -> None:
-        """The optimizer is about to change what is being copied: it waits, or its device does."""
-        if self._current is None:
-            return
-        if not self._proven or any(source.device.type == "cpu" for _, source, _ in self._late):
+    def hold(self, optimizer: Any, is_given_more: bool = False) -> None:
+        """The step of `optimizer` is about to change what is being copied: it waits for that, or its device does.
+
+        `is_given_more`: than itself, for example a closure.
+        """
+        snapshot = self._current
+        changed = self._changed_by(optimizer, is_given_more) if snapshot or self._doubtful else []
+        if snapshot is None or not self._proven:
             self.settle()
+            for pair in changed:
+                pair.released = True
             return
-        for device, event in self._events:
-            sys.modules["torch"].cuda.current_stream(device).wait_event(event)
-        self._check_versions()
-        self._late = []  # what changes from here on changes after the copy
+        self._wait_for(snapshot, [pair for pair in changed if pair.on_cpu])
+        if events := self._events:
+            for device, event in events:
+                sys.modules["torch"].cuda.current_stream(device).wait_event(event)
+            self._events = []
+            # What changes on the devices from here on changes after the copy.
+            self._release(snapshot, [pair for pair in self._late if not pair.on_cpu])
+
+    def _wait_for(self, snapshot: Snapshot, pairs: list[Pair]) -> None:
+        """Until they are copied; they may change then."""
+        with self._progress:
+            if waiting := [pair for pair in pairs if not pair.copied]:
+                snapshot.held_from = time.monotonic()
+                self._urgent = waiting
+                self._progress.wait_for(lambda: snapshot.done.is_set() or all(pair.copied for pair in waiting))
+            if snapshot.held_from is not None and not snapshot.complete:
+                snapshot.hold_seconds += time.monotonic() - snapshot.held_from
+                snapshot.held_from = None
+            self._release(snapshot, pairs)
+
+    def _release(self, snapshot: Snapshot, pairs: list[Pair]) -> None:
+        with self._progress:
+            if snapshot.complete:
+                return
+            self._check(pairs)
+            for pair in pairs:
+                pair.released = True
+
+    def _changed_by(self, optimizer: Any, is_given_more: bool) -> list[Pair]:
+        """Of what is being copied, what the step of `optimizer` may change.
+
+        torch's own optimizers leave alone what has no gradient. Of others that is not known; and a closure, or a hook of
+        the user's that comes after ours, makes gradients when it is too late to look for them.
+        """
+        pairs = self._late or self._doubtful
+        is_known = type(optimizer).__module__.startswith("torch.optim.") and not optimizer._optimizer_step_pre_hooks
+        if is_given_more or not is_known or not self._selective:
+            return pairs
+        changed = {address for address, has_gradient in _addresses(optimizer) if has_gradient}
+        return [pair for pair in pairs if pair.address in changed or pair.sample is None]
 
     def settle(self) -> None:
         """Wait until the snapshot that is being taken is whole, and offered. What went wrong is in `failure`."""
@@ -161,11 +255,13 @@ class Snapshots:
         self._current = None
         if snapshot.complete:
             return
-        self._check_versions()
+        self._check(self._late)
         if not self._proven and self._late and self.failure is None:
             self._proven = True
-            if not all(_same(view, source) for view, source, _ in self._late):
+            if not all(_same(pair) for pair in self._late):
                 self._tear()
+            else:
+                self._doubtful = self._late
         self._finish(snapshot)
 
     def _finish(self, snapshot: Snapshot) -> None:
@@ -181,13 +277,20 @@ class Snapshots:
             self._offer(snapshot)
 
     def poll(self) -> None:
-        """Offer the snapshot if it is whole by now."""
+        """Between two steps: offer the snapshot if it is whole by now."""
+        self._resolve_doubts()
         if self._current is not None and self._current.done.is_set():
             self.settle()
 
-    def _check_versions(self) -> None:
-        """Every change of a tensor in place counts its version up."""
-        if any(source._version != version for _, source, version in self._late):
+    def _resolve_doubts(self) -> None:
+        doubtful, self._doubtful = self._doubtful, []
+        if not all(pair.released or _same(pair) for pair in doubtful):
+            # That snapshot had been whole before. Of later ones all is waited for.
+            log.info("parameters without a gradient are changed after the optimizer's step")
+            self._selective = False
+
+    def _check(self, pairs: list[Pair]) -> None:
+        if not all(pair.is_sound for pair in pairs):
             self._tear()
 
     def _tear(self) -> None:
@@ -247,49 +350,89 @@ class Snapshots:
 
     def _copy(self, index: int, leaves: Mapping[str, Leaf], snapshot: Snapshot) -> None:
         views = self._views[index]
-        may_wait = self._may_wait() if self._overlap else frozenset()
-        now, late = [], []
+        has_gradient = self._may_wait() if self._overlap else {}
+        now, soon, later = [], [], []
         for name, leaf in leaves.items():
-            waits = leaf.spec.size_bytes >= SMALL_BYTES and leaf.tensor.data_ptr() in may_wait
-            (late if waits else now).append((views[name], leaf.tensor, leaf.tensor._version))
-        self._current, self._late = snapshot, late
+            pair = Pair.of(views[name], leaf.tensor)
+            if leaf.spec.size_bytes < SMALL_BYTES or pair.address not in has_gradient:
+                now.append(pair)
+            else:  # what has a gradient from the last step, the next one most likely changes
+                (soon if has_gradient[pair.address] else later).append(pair)
+        late = soon + later
+        for pair in late:
+            pair.sample = _sample(pair.source)
+        self._current, self._late, self._urgent = snapshot, late, []
         _copy_all(now)
-        _synchronize(source for _, source, _ in now)
-        self._events = _copy_on_streams(late)
-        on_cpu = [pair for pair in late if pair[1].device.type == "cpu"]
+        _synchronize(pair.source for pair in now)
+        self._events = events = _copy_on_streams(late)
 
         def copy() -> None:
             try:
-                _copy_all(on_cpu)
-                for _, event in self._events:
+                self._copy_in_turns([pair for pair in late if pair.on_cpu])
+                for _, event in events:
                     event.synchronize()
-                if self._proven and late:
-                    self._check_versions()
-                    self._finish(snapshot)  # at once: the next call from the loop may be a long step away
+                snapshot.copy_seconds = time.monotonic() - snapshot.began
+                with self._progress:
+                    if self._proven and late:
+                        self._check(late)
+                        self._finish(snapshot)  # at once: the next call from the loop may be a long step away
             except Exception as error:
                 self.failure = error
-            snapshot.done.set()
+            with self._progress:
+                snapshot.done.set()
+                self._progress.notify_all()
 
         if late:
             threading.Thread(target=copy, name="holdfast-snapshot", daemon=True).start()
         else:
             copy()
 
-    def _may_wait(self) -> frozenset[int]:
-        """Addresses of what only an optimizer's step changes."""
-        found = set()
+    def _copy_in_turns(self, pairs: list[Pair]) -> None:
+        """In their order, but first what an optimizer waits for."""
+        left = iter(pairs)
+        while True:
+            with self._progress:
+                turn, self._urgent = self._urgent, []
+            if not turn:
+                turn = list(_until(TURN_BYTES, (pair for pair in left if not pair.copied)))
+            if not turn:
+                return
+            _copy_beside(turn)
+            with self._progress:
+                for pair in turn:
+                    pair.copied = True
+                self._progress.notify_all()
+
+    def _may_wait(self) -> dict[int, bool]:
+        """Addresses of what only an optimizer's step changes; has it a gradient just now?"""
+        found: dict[int, bool] = {}
         for component in self._state.components.values():
-            if kind_of(component) != "optimizer":
-                continue
-            for parameter in parameters_of(component):
-                found.add(_local(parameter).data_ptr())
-            for values in component.state.values():
-                if isinstance(values, dict):
-                    found.update(_local(value).data_ptr() for value in values.values() if hasattr(value, "data_ptr"))
-        return frozenset(found)
+            if kind_of(component) == "optimizer":
+                for address, has_gradient in _addresses(component):
+                    found[address] = has_gradient or found.get(address, False)
+        return found
 
     def _has_hooks(self) -> bool:
         return any(kind_of(component) == "optimizer" for component in self._state.components.values())
+
+
+def _addresses(optimizer: Any) -> Iterator[tuple[int, bool]]:
+    """Of its parameters and their states, and whether the parameter has a gradient."""
+    for parameter in parameters_of(optimizer):
+        has_gradient = parameter.grad is not None
+        yield _local(parameter).data_ptr(), has_gradient
+        for value in optimizer.state.get(parameter, {}).values():
+            if hasattr(value, "data_ptr"):
+                yield _local(value).data_ptr(), has_gradient
+
+
+def _until(size_bytes: int, pairs: Iterator[Pair]) -> Iterator[Pair]:
+    """As many of `pairs` as make up `size_bytes`."""
+    for pair in pairs:
+        yield pair
+        size_bytes -= pair.size_bytes
+        if size_bytes <= 0:
+            return
 
 
 def _views(slot: Slot, image: Image) -> dict[str, Any]:
@@ -304,26 +447,41 @@ def _views(slot: Slot, image: Image) -> dict[str, Any]:
     return views
 
 
-def _copy_all(pairs: list[tuple[Any, Any, int]]) -> None:
+def _copy_all(pairs: list[Pair]) -> None:
     if pairs:
         import torch
 
         with torch.no_grad():
-            torch._foreach_copy_([view for view, _, _ in pairs], [source for _, source, _ in pairs])
+            torch._foreach_copy_([pair.view for pair in pairs], [pair.source for pair in pairs])
 
 
-def _copy_on_streams(pairs: list[tuple[Any, Any, int]]) -> list[tuple[Any, Any]]:
+def _copy_beside(pairs: list[Pair]) -> None:
+    """While the training computes: memmove of large tensors goes past the processor's cache, which that needs. Where
+    torch may use several threads, that is sooner over.
+    """
+    import torch
+
+    alone = torch.get_num_threads() == 1
+    for pair in pairs:
+        if alone and pair.sample is not None:
+            MEMMOVE(pair.view.data_ptr(), pair.address, pair.size_bytes)
+        else:
+            with torch.no_grad():
+                pair.view.copy_(pair.source)
+
+
+def _copy_on_streams(pairs: list[Pair]) -> list[tuple[Any, Any]]:
     """Queue the copies from devices, each on a stream of its own beside the computation; events that tell their ends."""
     events = []
-    for device in {source.device for _, source, _ in pairs if source.device.type == "cuda"}:
+    for device in {pair.source.device for pair in pairs if pair.source.device.type == "cuda"}:
         torch = sys.modules["torch"]
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():
-            for view, source, _ in pairs:
-                if source.device == device:
-                    view.copy_(source, non_blocking=True)
-                    source.record_stream(stream)
+            for pair in pairs:
+                if pair.source.device == device:
+                    pair.view.copy_(pair.source, non_blocking=True)
+                    pair.source.record_stream(stream)
             event = torch.cuda.Event()
             event.record(stream)
         events.append((device, event))
@@ -335,11 +493,19 @@ def _synchronize(tensors: Any) -> None:
         sys.modules["torch"].cuda.synchronize(device)
 
 
-def _same(view: Any, source: Any) -> bool:
+def _same(pair: Pair) -> bool:
     """To the bit: a NaN is like itself."""
-    here = source.detach().to("cpu").contiguous()
+    here = pair.source.detach().to("cpu").contiguous()
     # Not torch.equal: it takes seconds for a gigabyte.
-    return int(MEMCMP(view.data_ptr(), here.data_ptr(), view.numel() * view.element_size())) == 0
+    return int(MEMCMP(pair.view.data_ptr(), here.data_ptr(), pair.size_bytes)) == 0
+
+
+def _sample(tensor: Any) -> tuple[int, bytes] | None:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    places = (start, start + size // 2, start + size - SAMPLE_BYTES)
+    return start, b"".join(ctypes.string_at(place, SAMPLE_BYTES) for place in places)
 
 
 def _local(tensor: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -142,7 +142,10 @@ def test_a_program_that_changes_parameters_itself_is_found_out_by_their_version(
 def test_and_by_a_comparison_where_versions_say_nothing(training: Training) -> None:
     training.snapshots.take(1, {})
     training.offered.clear()
-    training.snapshots._current.done.wait()  # the copy is over, and what comes now is not in it
+    with training.snapshots._progress:
+        training.snapshots._progress.wait_for(
+            lambda: training.snapshots._current.done
+        )  # the copy is over, and what comes now is not in it
     training.model[0].weight.data.mul_(0.9)
     training.step()
     assert training.snapshots.failure is not None and training.offered == []
@@ -168,6 +171,186 @@ def test_any_optimizer_s_step_waits_for_the_copy(training: Training) -> None:
     training.gradients()
     other.step()
     assert same(training.seen(), expected)
+
+
+class Partly(torch.nn.Module):
+    """Only the head takes part until the body is asked for; both belong to the optimizer, and are too large to be copied
+    at a stroke.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.with_body = torch.nn.Linear(8, 4096), False
+        self.body = torch.nn.ModuleList(torch.nn.Linear(4096, 1024) for _ in range(6))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.head(inputs)
+        return hidden.sum() + (sum(layer(hidden).sum() for layer in self.body) if self.with_body else 0)
+
+
+@pytest.fixture
+def partly() -> Iterator[Training]:
+    """With moments of everything, and a first snapshot that nothing has disturbed."""
+    made = Training(Partly())
+    made.model.with_body = True
+    made.step()
+    made.model.with_body = False
+    made.snapshots.take(1, {})
+    made.step()
+    made.snapshots.poll()
+    yield made
+    made.snapshots.close()
+
+
+def while_copying(training: Training, step: int, act: Callable[[], Any]) -> list[Any]:
+    """A snapshot, and `act` at a moment when its thread has not copied anything; the pairs that it had still to copy
+    after that.
+    """
+    with training.snapshots._progress:  # the thread needs it to begin
+        assert training.snapshots.take(step, {})
+        pairs = list(training.snapshots._late)
+        act()
+        return [pair for pair in pairs if not pair.copied]
+
+
+def test_an_optimizer_waits_for_what_it_changes_and_for_nothing_else(partly: Training) -> None:
+    expected = partly.live()
+    left = while_copying(partly, 2, partly.step)
+    head = {parameter.data_ptr() for parameter in partly.model.head.parameters()}
+    assert left and head.isdisjoint(pair.address for pair in left)
+    for _ in range(3):
+        partly.step()
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
+    assert not same(partly.live(), expected)
+
+
+def test_what_gets_a_gradient_meanwhile_is_copied_first(partly: Training) -> None:
+    expected = partly.live()
+
+    def step() -> None:
+        partly.step()
+        partly.model.with_body = True
+        partly.step()
+
+    assert while_copying(partly, 2, step) == []
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
+
+
+def test_what_an_optimizer_has_waited_for_is_not_copied_again(training: Training) -> None:
+    """It comes while the thread is copying that very thing: a first copy into new memory takes long."""
+    training.snapshots.take(1, {})
+    training.step()
+    for number in range(2, 40):
+        more = torch.nn.Linear(64, 64)
+        training.model.append(more)
+        training.optimizer.add_param_group({"params": list(more.parameters())})
+        training.step()
+        expected = training.live()
+        training.snapshots.take(number, {})
+        training.step()
+        assert same(training.seen(), expected) and training.snapshots.failure is None, number
+    assert len(training.renewed) > 4
+
+
+def test_two_optimizers_wait_each_for_its_own(partly: Training) -> None:
+    body = torch.optim.SGD(partly.model.body.parameters(), lr=1.0)
+    expected = partly.live()
+
+    def step() -> None:
+        partly.step()
+        partly.model.with_body = True
+        partly.gradients()
+        body.step()
+
+    while_copying(partly, 2, step)
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
+
+
+class Decaying(torch.optim.SGD):
+    """Of another library: its step changes parameters without a gradient too."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.5)
+
+
+@pytest.mark.parametrize("kind", ["of another library", "a closure", "a hook of the user's"])
+def test_optimizers_that_may_change_anything_wait_for_everything(partly: Training, kind: str) -> None:
+    expected = partly.live()
+
+    def closure() -> torch.Tensor:
+        partly.model.with_body = True
+        partly.optimizer.zero_grad()
+        loss: torch.Tensor = partly.model(torch.ones(1, 8)).sum()
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        if kind == "a closure":
+            partly.optimizer.step(closure)
+        elif kind == "of another library":
+            Decaying(partly.model.parameters(), lr=1.0).step()
+        else:
+            partly.optimizer.register_step_pre_hook(lambda *_: closure() and None)
+            partly.optimizer.step()
+
+    assert while_copying(partly, 2, step) == []
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
+    assert not torch.equal(partly.model.body[0].weight, expected["model.body.0.weight"])
+
+
+def test_a_moving_average_after_the_step_is_waited_for_once_it_was_seen() -> None:
+    """Written through `.data`, which no version counts, into parameters that the optimizer knows of."""
+    made = Training(Partly())
+    made.model.with_body = True
+    made.step()
+    made.model.with_body = False
+
+    def step() -> None:
+        made.step()
+        for layer in made.model.body:
+            layer.weight.data.mul_(0.9)
+
+    for number in range(1, 5):
+        expected = made.live()
+        while_copying(made, number, step)
+        made.snapshots.poll()
+        assert same(made.seen(), expected) and made.snapshots.failure is None
+    made.snapshots.close()
+
+
+@pytest.mark.parametrize("change", ["counted", "through .data"])
+def test_one_that_begins_later_is_found_out(partly: Training, change: str) -> None:
+    def act() -> None:
+        partly.step()
+        with torch.no_grad():
+            for layer in partly.model.body:
+                (layer.weight if change == "counted" else layer.weight.data).mul_(0.9)
+
+    number = len(partly.offered)
+    while_copying(partly, 2, act)
+    partly.snapshots.settle()
+    assert "outside the optimizer's step" in str(partly.snapshots.failure) and len(partly.offered) == number
+    partly.snapshots.failure = None
+    expected = partly.live()
+    while_copying(partly, 3, act)
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
+
+
+def test_the_time_of_a_copy_is_known_though_nobody_waits_for_it(partly: Training) -> None:
+    """A notice's plan needs it: then somebody does."""
+
+    def act() -> None:
+        partly.step()
+        partly.snapshots._progress.wait(0.2)
+
+    while_copying(partly, 2, act)
+    partly.seen()
+    last = partly.offered[-1]
+    assert last.copy_seconds > last.hold_seconds > 0
 
 
 def test_without_an_optimizer_the_training_is_held_up() -> None:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ class Snapshot:
     """Since when it is held up just now."""
     copy_seconds: float = 0.0
     """From `began` until all of it was copied (wall)."""
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
+    """Its thread is."""
 
 
 class Snapshots:
@@ -217,7 +218,7 @@ class Snapshots:
             if waiting := [pair for pair in pairs if not pair.copied]:
                 snapshot.held_from = time.monotonic()
                 self._urgent = waiting
-                self._progress.wait_for(lambda: snapshot.done.is_set() or all(pair.copied for pair in waiting))
+                self._progress.wait_for(lambda: snapshot.done or all(pair.copied for pair in waiting))
             if snapshot.held_from is not None and not snapshot.complete:
                 snapshot.hold_seconds += time.monotonic() - snapshot.held_from
                 snapshot.held_from = None
@@ -251,7 +252,8 @@ class Snapshots:
             return
         if snapshot.held_from is None:
             snapshot.held_from = time.monotonic()
-        snapshot.done.wait()
+        with self._progress:
+            self._progress.wait_for(lambda: snapshot.done)
         self._current = None
         if snapshot.complete:
             return
@@ -279,7 +281,7 @@ class Snapshots:
     def poll(self) -> None:
         """Between two steps: offer the snapshot if it is whole by now."""
         self._resolve_doubts()
-        if self._current is not None and self._current.done.is_set():
+        if self._current is not None and self._current.done:
             self.settle()
 
     def _resolve_doubts(self) -> None:
@@ -379,7 +381,7 @@ class Snapshots:
             except Exception as error:
                 self.failure = error
             with self._progress:
-                snapshot.done.set()
+                snapshot.done = True
                 self._progress.notify_all()
 
         if late:
@@ -392,7 +394,8 @@ class Snapshots:
         left = iter(pairs)
         while True:
             with self._progress:
-                turn, self._urgent = self._urgent, []
+                turn = [pair for pair in self._urgent if not pair.copied]  # what is copied may have changed since
+                self._urgent = []
             if not turn:
                 turn = list(_until(TURN_BYTES, (pair for pair in left if not pair.copied)))
             if not turn:

@@ -1,7 +1,8 @@
 """What a checkpoint costs and how soon it is durable: `python -m benchmarks.checkpoint` (`--quick`: local disk only).
 
 A GPT of 100 M parameters trains with AdamW on one thread, so one core is free: 1.2 GB of state. The steps are real ones,
-made about 2 ms and about 300 ms long by training fewer of the parameters on more tokens; all of the state hangs on them.
+made about 2 ms and about 300 ms long by training fewer of the parameters or more tokens; no step of 2 ms could change a
+gigabyte, so a short one leaves most of the state as it is, and Holdfast's hook waits for the rest alone.
 Saves by Holdfast, saves by `torch.distributed.checkpoint.async_save` (DCP) and stretches without a save follow each
 other in one loop, next to one memcpy of the state and a direct write of as many bytes, round after round. Holdfast is
 used as a machine's program uses it: the environment, `holdfast.attach`, `run.steps`. Everything is timed from outside.
@@ -10,7 +11,7 @@ Shared memory has huge pages meanwhile, where this user may allow them, as it ha
 | key | what |
 | --- | --- |
 | stall_over_memcpy | what the loop takes longer for a save, from the save until 0.1 s after it is durable, over one memcpy |
-| limit_... | the same of one memcpy, then a raw write by another process: no checksum, no protocol, nothing to resume |
+| limit_... | the same of a loop that waits for one memcpy, and a raw write by another process: nothing to resume |
 | dcp_async_over_ours | the same of DCP over Holdfast's, which is taken for a tenth of a memcpy at least |
 | persist_slowdown_percent | the median step after the one that waits for the copy, until the save is durable, over that without |
 | durable_over_raw_write | from the save to durable, less one memcpy (`durable_from_save_...`: with it), over write and fsync |

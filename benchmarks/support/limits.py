@@ -111,7 +111,7 @@ class Image:
 
 
 class Limit:
-    """A saver that can't be beaten, and is none: one memcpy while the loop waits, then a process of its own writes the
+    """What no saver can beat for whose copy the loop waits, and is none: one memcpy, then a process of its own writes the
     bytes over a file's earlier ones. No checksum, no manifest, no reader's thought.
     """
 

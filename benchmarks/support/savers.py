@@ -145,7 +145,8 @@ class Dcp:
         self._staging: Future[Any] | None = None
         self._done_at: list[float] = []
         self._upload: Future[Any] | None = None
-        workload.optimizer.register_step_pre_hook(self._wait_for_staging)
+        self._hook: Any = None
+        """Of the optimizer, for as long as there is something to wait for: Holdfast's waits for more where there are others."""
 
     def save(self) -> None:
         from torch.distributed.checkpoint import FileSystemWriter, async_save
@@ -163,6 +164,7 @@ class Dcp:
             self._upload = response
         else:
             self._staging, self._upload = response.staging_completion, response.upload_completion
+            self._hook = self._workload.optimizer.register_step_pre_hook(self._wait_for_staging)
         self._upload.add_done_callback(lambda _: done_at.append(time.perf_counter()))
 
     @property
@@ -191,6 +193,7 @@ class Dcp:
         if self._staging is not None:
             self._staging.result()
             self._staging = None
+            self._hook.remove()
 
 
 def load_dcp(workload: Workload, path: Path) -> None:

@@ -61,7 +61,7 @@ class Window:
         return self.seconds - len(self.ends) * quiet_step
 
     def steps_while_persisting(self) -> list[float]:
-        """Those that lay for the greater part between the first step, which waits for the copy, and the end of the save.
+        """Those that lay for the greater part between the first step, which the save holds up, and the end of the save.
 
         Where the save is over before a second step is half done there is none but that second one.
         """

@@ -1,4 +1,4 @@
-"""A real GPT with AdamW whose whole state hangs on every step, however short the step is made."""
+"""A real GPT with AdamW and steps of any length: a short one trains few of its parameters, and all belong to its state."""
 
 from __future__ import annotations
 

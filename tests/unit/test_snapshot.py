@@ -182,7 +182,7 @@ class Partly(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.head, self.with_body = torch.nn.Linear(8, 4096), False
-        self.body = torch.nn.ModuleList(torch.nn.Linear(4096, 1024) for _ in range(6))
+        self.body = torch.nn.ModuleList(torch.nn.Linear(4096, 512) for _ in range(6))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = self.head(inputs)
@@ -218,7 +218,7 @@ def test_an_optimizer_waits_for_what_it_changes_and_for_nothing_else(partly: Tra
     expected = partly.live()
     left = while_copying(partly, 2, partly.step)
     head = {parameter.data_ptr() for parameter in partly.model.head.parameters()}
-    assert left and head.isdisjoint(pair.address for pair in left)
+    assert left and head.isdisjoint(pair.storage for pair in left)
     for _ in range(3):
         partly.step()
     assert same(partly.seen(), expected) and partly.snapshots.failure is None
@@ -338,6 +338,43 @@ def test_one_that_begins_later_is_found_out(partly: Training, change: str) -> No
     expected = partly.live()
     while_copying(partly, 3, act)
     assert same(partly.seen(), expected) and partly.snapshots.failure is None
+
+
+def test_a_torn_snapshot_stays_torn_when_its_failure_was_told_before_its_copy_is_over(partly: Training) -> None:
+    told = []
+
+    def act() -> None:
+        partly.gradients()
+        with torch.no_grad():
+            partly.model.head.weight.mul_(0.9)
+        partly.optimizer.step()  # waits for the head, and sees that it was changed
+        told.append(partly.snapshots.failure)
+        partly.snapshots.failure = None
+
+    number = len(partly.offered)
+    assert while_copying(partly, 2, act) and told[0] is not None
+    partly.snapshots.settle()
+    assert len(partly.offered) == number
+
+
+def test_what_lies_in_the_same_memory_is_waited_for_too() -> None:
+    """All parameters are views of one flat tensor, as some libraries have it."""
+    made = Training(Partly())
+    flat = torch.zeros(sum(parameter.numel() for parameter in made.model.parameters()))
+    place = 0
+    for parameter in made.model.parameters():
+        parameter.data = flat[place : place + parameter.numel()].view(parameter.shape).copy_(parameter.data)
+        place += parameter.numel()
+    made.model.with_body = True
+    made.step()
+    made.model.with_body = False
+    made.snapshots.take(1, {})
+    made.step()
+    made.snapshots.poll()
+    weights = {parameter.data_ptr() for parameter in made.model.body.parameters()}
+    left = while_copying(made, 2, made.step)
+    assert weights.isdisjoint(pair.source.data_ptr() for pair in left)
+    made.snapshots.close()
 
 
 def test_the_time_of_a_copy_is_known_though_nobody_waits_for_it(partly: Training) -> None:

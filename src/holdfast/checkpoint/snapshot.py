@@ -49,18 +49,19 @@ class Pair:
 
     view: Any
     source: Any
-    address: int
+    storage: int
+    """Address of the memory that it is, or is a view of."""
     version: int
     """Every change of a tensor in place counts it up."""
     sample: tuple[int, bytes] | None = None
-    """Address and some bytes before the copy; None where the tensor is not its bytes in the processor's memory."""
+    """Address, and some bytes before the copy; None where the tensor is not its bytes in the processor's memory."""
     copied: bool = False
     released: bool = False
     """It is copied, and an optimizer may change it."""
 
     @classmethod
     def of(cls, view: Any, source: Any) -> Pair:
-        return cls(view, source, source.data_ptr(), source._version)
+        return cls(view, source, source.untyped_storage().data_ptr(), source._version)
 
     @property
     def on_cpu(self) -> bool:
@@ -95,6 +96,7 @@ class Snapshot:
     """From `began` until all of it was copied (wall)."""
     done: bool = False
     """Its thread is."""
+    failed: bool = False
 
 
 class Snapshots:
@@ -139,7 +141,9 @@ class Snapshots:
             from torch.optim.optimizer import register_optimizer_step_pre_hook
 
             self._hook = register_optimizer_step_pre_hook(
-                lambda optimizer, given, named: self.hold(optimizer, any((*given[1:], *named.values())))
+                lambda optimizer, given, named: self.hold(
+                    optimizer, any(one is not None for one in (*given[1:], *named.values()))
+                )
             )
 
     @property
@@ -228,7 +232,7 @@ class Snapshots:
         with self._progress:
             if snapshot.complete:
                 return
-            self._check(pairs)
+            self._check(snapshot, pairs)
             for pair in pairs:
                 pair.released = True
 
@@ -242,8 +246,8 @@ class Snapshots:
         is_known = type(optimizer).__module__.startswith("torch.optim.") and not optimizer._optimizer_step_pre_hooks
         if is_given_more or not is_known or not self._selective:
             return pairs
-        changed = {address for address, has_gradient in _addresses(optimizer) if has_gradient}
-        return [pair for pair in pairs if pair.address in changed or pair.sample is None]
+        changed = {tensor.untyped_storage().data_ptr() for tensor, has_gradient in _tensors(optimizer) if has_gradient}
+        return [pair for pair in pairs if pair.storage in changed or pair.sample is None]
 
     def settle(self) -> None:
         """Wait until the snapshot that is being taken is whole, and offered. What went wrong is in `failure`."""
@@ -257,13 +261,13 @@ class Snapshots:
         self._current = None
         if snapshot.complete:
             return
-        self._check(self._late)
-        if not self._proven and self._late and self.failure is None:
+        self._check(snapshot, self._late)
+        if not self._proven and self._late and not snapshot.failed:
             self._proven = True
-            if not all(_same(pair) for pair in self._late):
-                self._tear()
-            else:
+            if all(_same(pair) for pair in self._late):
                 self._doubtful = self._late
+            else:
+                self._tear(snapshot)
         self._finish(snapshot)
 
     def _finish(self, snapshot: Snapshot) -> None:
@@ -271,11 +275,11 @@ class Snapshots:
         self._late, self._events = [], []
         if snapshot.held_from is not None:
             snapshot.hold_seconds += time.monotonic() - snapshot.held_from
-        if self.failure is None:
+        if not snapshot.failed:
             snapshot.slot.complete(snapshot.number, self._image.size_bytes if self._image else 0, self._words)
         snapshot.slot.give_back()
         snapshot.complete = True
-        if self.failure is None:
+        if not snapshot.failed:
             self._offer(snapshot)
 
     def poll(self) -> None:
@@ -291,12 +295,12 @@ class Snapshots:
             log.info("parameters without a gradient are changed after the optimizer's step")
             self._selective = False
 
-    def _check(self, pairs: list[Pair]) -> None:
+    def _check(self, snapshot: Snapshot, pairs: list[Pair]) -> None:
         if not all(pair.is_sound for pair in pairs):
-            self._tear()
+            self._tear(snapshot)
 
-    def _tear(self) -> None:
-        self._overlap = False
+    def _tear(self, snapshot: Snapshot) -> None:
+        self._overlap, snapshot.failed = False, True
         self.failure = HoldfastError(
             "parameters are changed outside the optimizer's step: this snapshot was given up, and from now on the "
             "training is held up while one is taken"
@@ -356,10 +360,11 @@ class Snapshots:
         now, soon, later = [], [], []
         for name, leaf in leaves.items():
             pair = Pair.of(views[name], leaf.tensor)
-            if leaf.spec.size_bytes < SMALL_BYTES or pair.address not in has_gradient:
+            address = leaf.tensor.data_ptr()
+            if leaf.spec.size_bytes < SMALL_BYTES or address not in has_gradient:
                 now.append(pair)
             else:  # what has a gradient from the last step, the next one most likely changes
-                (soon if has_gradient[pair.address] else later).append(pair)
+                (soon if has_gradient[address] else later).append(pair)
         late = soon + later
         for pair in late:
             pair.sample = _sample(pair.source)
@@ -376,10 +381,10 @@ class Snapshots:
                 snapshot.copy_seconds = time.monotonic() - snapshot.began
                 with self._progress:
                     if self._proven and late:
-                        self._check(late)
+                        self._check(snapshot, late)
                         self._finish(snapshot)  # at once: the next call from the loop may be a long step away
             except Exception as error:
-                self.failure = error
+                snapshot.failed, self.failure = True, error
             with self._progress:
                 snapshot.done = True
                 self._progress.notify_all()
@@ -411,22 +416,22 @@ class Snapshots:
         found: dict[int, bool] = {}
         for component in self._state.components.values():
             if kind_of(component) == "optimizer":
-                for address, has_gradient in _addresses(component):
-                    found[address] = has_gradient or found.get(address, False)
+                for tensor, has_gradient in _tensors(component):
+                    found[tensor.data_ptr()] = has_gradient or found.get(tensor.data_ptr(), False)
         return found
 
     def _has_hooks(self) -> bool:
         return any(kind_of(component) == "optimizer" for component in self._state.components.values())
 
 
-def _addresses(optimizer: Any) -> Iterator[tuple[int, bool]]:
-    """Of its parameters and their states, and whether the parameter has a gradient."""
+def _tensors(optimizer: Any) -> Iterator[tuple[Any, bool]]:
+    """Its parameters and their states, and whether the parameter has a gradient."""
     for parameter in parameters_of(optimizer):
         has_gradient = parameter.grad is not None
-        yield _local(parameter).data_ptr(), has_gradient
+        yield _local(parameter), has_gradient
         for value in optimizer.state.get(parameter, {}).values():
             if hasattr(value, "data_ptr"):
-                yield _local(value).data_ptr(), has_gradient
+                yield _local(value), has_gradient
 
 
 def _until(size_bytes: int, pairs: Iterator[Pair]) -> Iterator[Pair]:
@@ -467,7 +472,7 @@ def _copy_beside(pairs: list[Pair]) -> None:
     alone = torch.get_num_threads() == 1
     for pair in pairs:
         if alone and pair.sample is not None:
-            MEMMOVE(pair.view.data_ptr(), pair.address, pair.size_bytes)
+            MEMMOVE(pair.view.data_ptr(), pair.source.data_ptr(), pair.size_bytes)
         else:
             with torch.no_grad():
                 pair.view.copy_(pair.source)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from holdfast.checkpoint.image import read_places
 from holdfast.checkpoint.slots import Slot
@@ -277,7 +278,7 @@ class Decaying(torch.optim.SGD):
                 parameter.mul_(0.5)
 
 
-@pytest.mark.parametrize("kind", ["of another library", "a closure", "a hook of the user's"])
+@pytest.mark.parametrize("kind", ["of another library", "a closure", "a hook of the user's", "a later hook of all"])
 def test_optimizers_that_may_change_anything_wait_for_everything(partly: Training, kind: str) -> None:
     expected = partly.live()
 
@@ -294,15 +295,18 @@ def test_optimizers_that_may_change_anything_wait_for_everything(partly: Trainin
         elif kind == "of another library":
             Decaying(partly.model.parameters(), lr=1.0).step()
         else:
-            partly.optimizer.register_step_pre_hook(lambda *_: closure() and None)
+            add = register_optimizer_step_pre_hook if "of all" in kind else partly.optimizer.register_step_pre_hook
+            added = add(lambda *_: closure() and None)
             partly.optimizer.step()
+            added.remove()
 
     assert while_copying(partly, 2, step) == []
     assert same(partly.seen(), expected) and partly.snapshots.failure is None
     assert not torch.equal(partly.model.body[0].weight, expected["model.body.0.weight"])
 
 
-def test_a_moving_average_after_the_step_is_waited_for_once_it_was_seen() -> None:
+@pytest.mark.parametrize("micro_steps", [0, 2])
+def test_a_moving_average_after_the_step_is_waited_for_once_it_was_seen(micro_steps: int) -> None:
     """Written through `.data`, which no version counts, into parameters that the optimizer knows of."""
     made = Training(Partly())
     made.model.with_body = True
@@ -316,8 +320,15 @@ def test_a_moving_average_after_the_step_is_waited_for_once_it_was_seen() -> Non
 
     for number in range(1, 5):
         expected = made.live()
-        while_copying(made, number, step)
+        while_copying(made, number, step if not micro_steps else made.gradients)
+        if micro_steps:  # the loop goes around, and no optimizer comes
+            made.snapshots.settle()
+            for _ in range(micro_steps):
+                made.gradients()
+                made.snapshots.poll()
+            step()
         made.snapshots.poll()
+        assert not made.snapshots._selective
         assert same(made.seen(), expected) and made.snapshots.failure is None
     made.snapshots.close()
 
@@ -355,6 +366,71 @@ def test_a_torn_snapshot_stays_torn_when_its_failure_was_told_before_its_copy_is
     assert while_copying(partly, 2, act) and told[0] is not None
     partly.snapshots.settle()
     assert len(partly.offered) == number
+
+
+def test_a_failure_is_told_once(partly: Training) -> None:
+    """Though more of the snapshot turns out to be torn later."""
+
+    def act() -> None:
+        with torch.no_grad():
+            partly.model.head.weight.mul_(0.9)
+            partly.model.body[-1].weight.mul_(0.9)
+        partly.step()
+        assert partly.snapshots.failure is not None
+        partly.snapshots.failure = None
+
+    while_copying(partly, 2, act)
+    partly.snapshots.settle()
+    assert partly.snapshots.failure is None
+
+
+def test_a_copy_that_can_t_be_begun_leaves_no_one_waiting(partly: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            partly.snapshots.take(2, {})
+    partly.step()
+    expected = partly.live()
+    assert partly.snapshots.take(3, {})
+    partly.step()
+    assert same(partly.seen(), expected) and partly.offered[-1].step == 3
+
+
+class Listing(torch.optim.SGD):
+    """Its state is no dict."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept = self.state.setdefault(parameter, [torch.zeros_like(parameter)])
+                kept[0] += 1
+                parameter -= kept[0]
+
+
+def test_state_that_is_no_dict_is_copied_at_once() -> None:
+    model = wide()
+    made = Training(model, Listing(model.parameters(), lr=1.0))
+    made.step()
+    for number in range(1, 4):
+        weight, kept = model[0].weight.clone(), made.optimizer.state[model[0].weight][0].clone()
+        made.snapshots.take(number, {})
+        made.step()
+        seen = made.seen()
+        assert torch.equal(seen["model.0.weight"], weight) and made.snapshots.failure is None
+        assert any(torch.equal(value, kept) for name, value in seen.items() if name.startswith("optimizer."))
+    made.snapshots.close()
+
+
+def test_an_optimizer_of_sparse_parameters_steps_meanwhile(partly: Training) -> None:
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
+    sparse.grad = torch.eye(3).to_sparse()
+    expected = partly.live()
+    while_copying(partly, 2, torch.optim.SGD([sparse], lr=1.0).step)
+    assert same(partly.seen(), expected) and partly.snapshots.failure is None
 
 
 def test_what_lies_in_the_same_memory_is_waited_for_too() -> None:

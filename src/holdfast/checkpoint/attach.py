@@ -284,6 +284,8 @@ class Attached:
     def _save(self, wait: bool = False) -> None:
         """Copy the state while the training goes on; what is copied is made durable by another process."""
         assert self._around
+        self._snapshots.settle()  # one that came to nothing is not this one
+        self._say_failure()
         self._reporter.phase("snapshot", self._step)
         words = {
             "run": self._around.run_id,
@@ -364,7 +366,7 @@ class Attached:
         if committer.commits and self._copies and self._steps:
             spreads = [
                 planner.Spread.of(one * speed for one in seconds)
-                for seconds in (self._copies, committer.commits, self._steps)
+                for seconds in (tuple(self._copies), committer.commits, self._steps)  # copies come from a thread
             ]
             measured = planner.Measured(
                 copy_seconds=spreads[0], durable_seconds=spreads[1], step_seconds=spreads[2],

@@ -73,8 +73,13 @@ class Pair:
 
     @property
     def is_sound(self) -> bool:
-        """It has not been changed, or not before it could be."""
-        return self.released or (self.source._version == self.version and _sample(self.source) == self.sample)
+        """It is the copy of what was there when the snapshot was begun, as far as that can be told."""
+        if self.released:
+            return True
+        if self.source._version != self.version or _sample(self.source) != self.sample:
+            return False
+        copy = _sample(self.view) if self.sample and self.copied else None
+        return copy is None or self.sample is None or copy[1] == self.sample[1]
 
 
 @dataclass(slots=True)
@@ -129,7 +134,8 @@ class Snapshots:
         self._urgent: list[Pair] = []
         """What an optimizer waits for."""
         self._doubtful: list[Pair] = []
-        """Of the first overlapped copy, until the end of the step."""
+        """Of the first overlapped copy, until the end of the next step in which an optimizer comes."""
+        self._optimizer_came = False
         self._progress = threading.Condition()
         self._words = b""
         self._events: list[tuple[Any, Any]] = []
@@ -174,6 +180,8 @@ class Snapshots:
         """
         self.settle()
         self._resolve_doubts()
+        if self._doubtful:  # the memory is needed: the next copy is the one to be proven
+            self._doubtful, self._proven = [], False
         began = time.monotonic()
         collected = self._state.collect()
         everything = {**words, "step": step, "tree": {**collected.tree, "shards": collected.shards()}}
@@ -188,7 +196,12 @@ class Snapshots:
         self._next_number += 1
         if self._image:
             slot.image(len(self._image.header))[:] = self._image.header
-        self._copy(index, collected.leaves, snapshot)
+        try:
+            self._copy(index, collected.leaves, snapshot)
+        except BaseException:
+            self._current, self._late, self._events = None, [], []
+            slot.give_back()
+            raise
         if not self._late:
             self.settle()
         with self._progress:
@@ -205,6 +218,7 @@ class Snapshots:
         changed = self._changed_by(optimizer, is_given_more) if snapshot or self._doubtful else []
         if snapshot is None or not self._proven:
             self.settle()
+            self._optimizer_came = True
             for pair in changed:
                 pair.released = True
             return
@@ -212,7 +226,6 @@ class Snapshots:
         if events := self._events:
             for device, event in events:
                 sys.modules["torch"].cuda.current_stream(device).wait_event(event)
-            self._events = []
             # What changes on the devices from here on changes after the copy.
             self._release(snapshot, [pair for pair in self._late if not pair.on_cpu])
 
@@ -239,15 +252,23 @@ class Snapshots:
     def _changed_by(self, optimizer: Any, is_given_more: bool) -> list[Pair]:
         """Of what is being copied, what the step of `optimizer` may change.
 
-        torch's own optimizers leave alone what has no gradient. Of others that is not known; and a closure, or a hook of
-        the user's that comes after ours, makes gradients when it is too late to look for them.
+        torch's own optimizers leave alone what has no gradient. Of others that is not known; and a closure, or a hook
+        that comes after ours, makes gradients when it is too late to look for them.
         """
         pairs = self._late or self._doubtful
-        is_known = type(optimizer).__module__.startswith("torch.optim.") and not optimizer._optimizer_step_pre_hooks
-        if is_given_more or not is_known or not self._selective:
+        is_known = type(optimizer).__module__.startswith("torch.optim.")
+        if is_given_more or not is_known or not self._selective or self._is_followed(optimizer):
             return pairs
-        changed = {tensor.untyped_storage().data_ptr() for tensor, has_gradient in _tensors(optimizer) if has_gradient}
+        try:
+            changed = {tensor.untyped_storage().data_ptr() for tensor, steps in _tensors(optimizer) if steps}
+        except RuntimeError:  # a sparse one has none
+            return pairs
         return [pair for pair in pairs if pair.storage in changed or pair.sample is None]
+
+    def _is_followed(self, optimizer: Any) -> bool:
+        """Do other hooks come after ours?"""
+        everywhere = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
+        return bool(optimizer._optimizer_step_pre_hooks) or any(number > self._hook.id for number in everywhere)
 
     def settle(self) -> None:
         """Wait until the snapshot that is being taken is whole, and offered. What went wrong is in `failure`."""
@@ -265,7 +286,8 @@ class Snapshots:
         if not self._proven and self._late and not snapshot.failed:
             self._proven = True
             if all(_same(pair) for pair in self._late):
-                self._doubtful = self._late
+                self._doubtful = [pair for pair in self._late if pair.sample is not None]
+                self._optimizer_came = False
             else:
                 self._tear(snapshot)
         self._finish(snapshot)
@@ -289,6 +311,8 @@ class Snapshots:
             self.settle()
 
     def _resolve_doubts(self) -> None:
+        if not self._optimizer_came:
+            return
         doubtful, self._doubtful = self._doubtful, []
         if not all(pair.released or _same(pair) for pair in doubtful):
             # That snapshot had been whole before. Of later ones all is waited for.
@@ -300,6 +324,8 @@ class Snapshots:
             self._tear(snapshot)
 
     def _tear(self, snapshot: Snapshot) -> None:
+        if snapshot.failed:
+            return  # it was said
         self._overlap, snapshot.failed = False, True
         self.failure = HoldfastError(
             "parameters are changed outside the optimizer's step: this snapshot was given up, and from now on the "
@@ -429,7 +455,8 @@ def _tensors(optimizer: Any) -> Iterator[tuple[Any, bool]]:
     for parameter in parameters_of(optimizer):
         has_gradient = parameter.grad is not None
         yield _local(parameter), has_gradient
-        for value in optimizer.state.get(parameter, {}).values():
+        values = optimizer.state.get(parameter)
+        for value in values.values() if isinstance(values, dict) else ():
             if hasattr(value, "data_ptr"):
                 yield _local(value), has_gradient
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.checkpoint import persist
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
 from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
@@ -81,17 +82,20 @@ class Saving:
         budget_seconds: float = 600.0,
         slots: int = 2,
         compression: str = "auto",
+        ranks: Ranks = Ranks(),  # noqa: B008
     ) -> None:
         self.user: dict[str, Any] = {"weights": torch.zeros(4)}
         self.told: list[dict[str, Any]] = []
         self.changed = threading.Condition()
         self.slots: list[Slot] = []
-        self.snapshots = Snapshots(TrainingState({}, self.user), self._offer, self._renew, slots)
+        self.snapshots = Snapshots(
+            TrainingState({}, self.user, ranks.rank, ranks.world_size), self._offer, self._renew, slots
+        )
         self.persister = Persister(
             store=store,
             run_id="run",
             attempt=attempt,
-            orders=Orders(Ranks(), keep, compression, budget_seconds, parent),
+            orders=Orders(ranks, keep, compression, budget_seconds, parent),
             reporter=telemetry.reporter,
             speed=1.0,
             tell=self._hear,
@@ -430,3 +434,20 @@ def test_the_other_kind_of_lock_keeps_processes_apart_too(
         assert not slot.take()
         third.kill()
     assert slot.take()
+
+
+def test_a_snapshot_that_another_rank_gave_up_does_not_keep_the_next_ones_waiting(
+    saving: Any, telemetry: Telemetry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten minutes would be spent on parts that never come."""
+    monkeypatch.setattr(persist, "NEWER_PARTS_SECONDS", 0.5)
+    store = DirectoryStore(tmp_path / "store")
+    first, second = (saving(store, telemetry, ranks=Ranks(rank=rank, world_size=2, token="t")) for rank in range(2))
+    first.save(1)
+    with first.changed:
+        assert first.changed.wait_for(lambda: any(one["kind"] == "part" for one in first.told), LONG)
+    first.save(2)
+    second.save(2)
+    assert first.wait(2) and second.wait(2)
+    assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
+    assert [event["step"] for event in telemetry.events("commit-failed")] == [1]

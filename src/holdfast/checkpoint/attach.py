@@ -286,6 +286,12 @@ class Attached:
         assert self._around
         self._snapshots.settle()  # one that came to nothing is not this one
         self._say_failure()
+        if wait and self._together.world_size > 1:
+            # Nobody has voted on it: a newer snapshot must not take the place of one whose parts others wait for.
+            reclaim_at = self._notice.reclaim_at if self._notice else None
+            self._committer.wait_until_idle(
+                self._wall_seconds_until(reclaim_at) if reclaim_at else FINAL_COMMIT_SECONDS
+            )
         self._reporter.phase("snapshot", self._step)
         words = {
             "run": self._around.run_id,

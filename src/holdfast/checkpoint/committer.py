@@ -137,6 +137,12 @@ class Committer:
             self._hear(min(left, 0.5))
         return self.committed_step >= step
 
+    def wait_until_idle(self, seconds: float) -> None:
+        """Until nothing is being made durable, or for `seconds` of the wall, or until this attempt is fenced."""
+        give_up_at = time.monotonic() + seconds
+        while self.busy and not self.fenced and (left := give_up_at - time.monotonic()) > 0:
+            self._hear(min(left, 0.5))
+
     def close(self) -> None:
         """The persist process finishes what it has begun, and ends."""
         with contextlib.suppress(OSError):
@@ -215,7 +221,9 @@ class Committer:
         if self._process is None:
             self._start_again(seconds)
             return
-        if not select.select([self._connection], [], [], seconds)[0]:
+        waiting = select.poll()  # select.select knows no file beyond the 1023rd, and data loaders open many
+        waiting.register(self._connection, select.POLLIN)
+        if not waiting.poll(seconds * 1000):
             return
         try:
             data = self._connection.recv(LINE_BYTES)

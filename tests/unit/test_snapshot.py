@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -531,8 +533,6 @@ def test_words_of_any_length_are_kept(training: Training) -> None:
 def test_a_slot_that_is_being_made_durable_is_left_alone(training: Training) -> None:
     training.snapshots.take(1, {})
     training.step()
-    import os
-
     slot = training.offered[0].slot
     theirs = Slot(os.dup(slot.fileno()), slot.capacity_bytes)
     assert theirs.take()
@@ -548,3 +548,20 @@ def test_a_slot_that_is_being_made_durable_is_left_alone(training: Training) -> 
     assert held.take()
     assert training.snapshots.take(5, {}) is None
     assert training.snapshots.take(5, {}, wait=True)
+
+
+def test_snapshots_that_are_forgotten_leave_no_files_open() -> None:
+    def one() -> None:
+        made = Training(wide())
+        made.step()
+        made.snapshots.take(1, {})
+        made.step()
+        made.snapshots.close()
+
+    one()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        one()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

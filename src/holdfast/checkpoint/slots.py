@@ -34,7 +34,7 @@ class Slot:
         Raises OSError when there is no memory for it; the file is closed then.
         """
         self.capacity_bytes = capacity_bytes
-        self.closed = self.retired = False
+        self.closed, self.retired = True, False
         self._file = file
         self._lock = os.open(f"/proc/self/fd/{file}", os.O_RDWR | os.O_CLOEXEC) if LINUX else file
         try:
@@ -44,6 +44,7 @@ class Slot:
                 os.close(one)
             raise
         self.memory = memoryview(self._map)
+        self.closed = False
 
     @classmethod
     def make(cls, image_bytes: int, words_bytes: int) -> Slot:
@@ -117,6 +118,11 @@ class Slot:
             self._map.close()
         for file in {self._file, self._lock}:
             os.close(file)
+
+    def __del__(self) -> None:
+        """A program that attaches again and again keeps no memory of earlier times."""
+        if not getattr(self, "closed", True):
+            self.close()
 
 
 def _pages(size_bytes: int) -> int:

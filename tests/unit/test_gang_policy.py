@@ -121,6 +121,7 @@ def test_a_program_is_to_blame_when_all_of_its_machines_are_there() -> None:
     over = situation(members=("a", "b", "c"), ready=reports)
     failed = failed_program(over)
     assert failed and failed.member == "b"
+    assert failed.detail == "b says\nmachine a: a says\nmachine c: c says"  # it may be that one of them is the cause
     assert failed_program(situation(members=("a", "b", "c"), living={"a", "b"}, ready=reports)) is None
     waiting = {name: one for name, one in reports.items() if name != "c"}
     assert failed_program(situation(members=("a", "b", "c"), ready=waiting)) is None

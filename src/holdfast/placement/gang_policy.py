@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 LAST_CALL_SECONDS = 30.0
@@ -14,6 +14,8 @@ FIRST_CALL_SECONDS = 120.0
 
 STAND_STILL_SECONDS = 900.0
 """Machines that are too few to train, and get no company where they are, are paid for in vain for so long."""
+FAILURES_TOLD = 4
+"""Of machines whose program failed in the same formation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def decide_formation(situation: GangSituation) -> Form | Dissolve | None:
 
 
 def failed_program(situation: GangSituation) -> Ready | None:
-    """Who failed first in a formation that is over, where the program is to blame: all its members are there, alive.
+    """Who failed first in a formation that is over, with what the others said too, where the program is to blame: all its members are there, alive.
 
     Where one is gone, the others' failures are its absence.
     """
@@ -81,7 +83,12 @@ def failed_program(situation: GangSituation) -> Ready | None:
     if len(told) < len(situation.members):
         return None
     failures = [one for one in told if one and one.outcome == "program-failed"]
-    return min(failures, key=lambda one: one.at) if failures and all(told) else None
+    if not failures or not all(told):
+        return None
+    first, *later = sorted(failures, key=lambda one: one.at)
+    # Within a second it is chance whose end is seen first, the culprit's or that of those who lost it.
+    more = "".join(f"\nmachine {one.member}: {one.detail}" for one in later[: FAILURES_TOLD - 1])
+    return replace(first, detail=first.detail + more)
 
 
 def is_to_move(situation: GangSituation, refused_since: datetime | None) -> bool:

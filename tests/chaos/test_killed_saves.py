@@ -75,12 +75,16 @@ class Attempt:
         """Phases from now on, as they are told; ends when the training has."""
         with open(self.folder / "console") as console:
             console.seek(0, os.SEEK_END)
+            line = ""
             while self.process.is_alive():
-                if not (line := console.readline()):
+                line += console.readline()
+                if not line.endswith("\n"):  # not yet there, or not all of it
                     time.sleep(LOOK_SECONDS)
-                elif line.startswith("holdfast: phase"):
+                    continue
+                if line.startswith("holdfast: phase"):
                     _, _, name, step = line.split()
                     yield name, int(step)
+                line = ""
 
     def persist_processes(self) -> list[psutil.Process]:
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import persist
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
 from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
@@ -437,10 +436,9 @@ def test_the_other_kind_of_lock_keeps_processes_apart_too(
 
 
 def test_a_snapshot_that_another_rank_gave_up_does_not_keep_the_next_ones_waiting(
-    saving: Any, telemetry: Telemetry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saving: Any, telemetry: Telemetry, tmp_path: Path
 ) -> None:
     """Ten minutes would be spent on parts that never come."""
-    monkeypatch.setattr(persist, "NEWER_PARTS_SECONDS", 0.5)
     store = DirectoryStore(tmp_path / "store")
     first, second = (saving(store, telemetry, ranks=Ranks(rank=rank, world_size=2, token="t")) for rank in range(2))
     first.save(1)
@@ -451,3 +449,21 @@ def test_a_snapshot_that_another_rank_gave_up_does_not_keep_the_next_ones_waitin
     assert first.wait(2) and second.wait(2)
     assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
     assert [event["step"] for event in telemetry.events("commit-failed")] == [1]
+
+
+def test_a_rank_that_is_slow_is_waited_for_though_a_newer_snapshot_is_there(
+    saving: Any, telemetry: Telemetry, tmp_path: Path
+) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    first, second = (saving(store, telemetry, ranks=Ranks(rank=rank, world_size=2, token="t")) for rank in range(2))
+    first.save(1)
+    with first.changed:
+        assert first.changed.wait_for(lambda: any(one["kind"] == "part" for one in first.told), LONG)
+    first.save(2)
+    time.sleep(0.5)  # it looks at the parts again and again
+    second.save(1)
+    assert second.wait(1)
+    second.save(2)
+    assert first.wait(2) and second.wait(2)
+    assert Checkpoints(store, "run").committed() == [CheckpointId(1, 1), CheckpointId(1, 2)]
+    assert telemetry.path.read_text().count("commit-failed") == 0

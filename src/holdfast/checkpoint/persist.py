@@ -39,8 +39,6 @@ ORPHAN_SECONDS = 60.0
 """How long it goes on trying when the training process is gone."""
 PARTS_SECONDS = 600.0
 """How long the publishing rank waits for the others' parts."""
-NEWER_PARTS_SECONDS = 10.0
-"""The same when the state was saved again meanwhile: a rank whose snapshot came to nothing has no part of the older one."""
 NICENESS = 10
 REMEASURE_IMAGES = 50
 """After so many images, what compression does to the state is measured again: weights are not what they were."""
@@ -298,17 +296,18 @@ class Persister:
         ranks = self.orders.ranks
         wanted = {rank_name(rank, ranks.token) for rank in range(ranks.world_size)}
         give_up_at, pause = time.monotonic() + PARTS_SECONDS, 0.02
-        newer = False
+        overtaken: set[str] = set()
         while True:
-            if self._waiting is not None and not newer:
-                newer, give_up_at = True, min(give_up_at, time.monotonic() + NEWER_PARTS_SECONDS)
             parts = self._checkpoints.read_parts(checkpoint)
             if wanted <= parts.keys():
                 return {name: entry for rank in sorted(wanted) for name, entry in parts[rank].items()}
-            if time.monotonic() > give_up_at or self._out_of_time:
+            # Each rank saves one after the other: who has saved a newer state has nothing of this one any more.
+            if overtaken - parts.keys() or time.monotonic() > give_up_at or self._out_of_time:
                 raise TransientError(
                     f"{checkpoint}: {', '.join(sorted(wanted - parts.keys()))} did not save their parts"
                 )
+            if newer := self._waiting:
+                overtaken = wanted & self._checkpoints.read_parts(CheckpointId(self.attempt, newer.step)).keys()
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
 

@@ -53,8 +53,8 @@ class Pair:
     """Address of the memory that it is, or is a view of."""
     version: int
     """Every change of a tensor in place counts it up."""
-    sample: tuple[int, bytes] | None = None
-    """Address, and some bytes before the copy; None where the tensor is not its bytes in the processor's memory."""
+    sample: bytes | None = None
+    """Some of it before the copy; None where the tensor is not its bytes in the processor's memory."""
     copied: bool = False
     released: bool = False
     """It is copied, and an optimizer may change it."""
@@ -78,8 +78,8 @@ class Pair:
             return True
         if self.source._version != self.version or _sample(self.source) != self.sample:
             return False
-        copy = _sample(self.view) if self.sample and self.copied else None
-        return copy is None or self.sample is None or copy[1] == self.sample[1]
+        # What was changed and changed back meanwhile shows in the copy.
+        return not self.copied or self.sample is None or _sample(self.view) == self.sample
 
 
 @dataclass(slots=True)
@@ -209,13 +209,13 @@ class Snapshots:
                 snapshot.hold_seconds, snapshot.held_from = time.monotonic() - began, None
         return snapshot
 
-    def hold(self, optimizer: Any, is_given_more: bool = False) -> None:
+    def hold(self, optimizer: Any, has_arguments: bool = False) -> None:
         """The step of `optimizer` is about to change what is being copied: it waits for that, or its device does.
 
-        `is_given_more`: than itself, for example a closure.
+        `has_arguments`: the step is called with some, for example a closure.
         """
         snapshot = self._current
-        changed = self._changed_by(optimizer, is_given_more) if snapshot or self._doubtful else []
+        changed = self._changed_by(optimizer, has_arguments) if snapshot or self._doubtful else []
         if snapshot is None or not self._proven:
             self.settle()
             self._optimizer_came = True
@@ -249,7 +249,7 @@ class Snapshots:
             for pair in pairs:
                 pair.released = True
 
-    def _changed_by(self, optimizer: Any, is_given_more: bool) -> list[Pair]:
+    def _changed_by(self, optimizer: Any, has_arguments: bool) -> list[Pair]:
         """Of what is being copied, what the step of `optimizer` may change.
 
         torch's own optimizers leave alone what has no gradient. Of others that is not known; and a closure, or a hook
@@ -257,11 +257,13 @@ class Snapshots:
         """
         pairs = self._late or self._doubtful
         is_known = type(optimizer).__module__.startswith("torch.optim.")
-        if is_given_more or not is_known or not self._selective or self._is_followed(optimizer):
+        if has_arguments or not is_known or not self._selective or self._is_followed(optimizer):
             return pairs
         try:
-            changed = {tensor.untyped_storage().data_ptr() for tensor, steps in _tensors(optimizer) if steps}
-        except RuntimeError:  # a sparse one has none
+            changed = {
+                tensor.untyped_storage().data_ptr() for tensor, has_gradient in _tensors(optimizer) if has_gradient
+            }
+        except RuntimeError:  # a sparse tensor has no such memory
             return pairs
         return [pair for pair in pairs if pair.storage in changed or pair.sample is None]
 
@@ -491,8 +493,8 @@ def _copy_all(pairs: list[Pair]) -> None:
 
 
 def _copy_beside(pairs: list[Pair]) -> None:
-    """While the training computes: memmove of large tensors goes past the processor's cache, which that needs. Where
-    torch may use several threads, that is sooner over.
+    """While the training computes: memmove takes less from its steps than a copy by torch, but where torch may use
+    several threads, that is sooner over.
     """
     import torch
 
@@ -535,12 +537,14 @@ def _same(pair: Pair) -> bool:
     return int(MEMCMP(pair.view.data_ptr(), here.data_ptr(), pair.size_bytes)) == 0
 
 
-def _sample(tensor: Any) -> tuple[int, bytes] | None:
+def _sample(tensor: Any) -> bytes | None:
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    if not tensor.data_ptr():  # its memory was given back
         return None
     start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     places = (start, start + size // 2, start + size - SAMPLE_BYTES)
-    return start, b"".join(ctypes.string_at(place, SAMPLE_BYTES) for place in places)
+    return b"".join(ctypes.string_at(place, SAMPLE_BYTES) for place in places)
 
 
 def _local(tensor: Any) -> Any:

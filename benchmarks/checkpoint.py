@@ -1,8 +1,8 @@
 """What a checkpoint costs and how soon it is durable: `python -m benchmarks.checkpoint` (`--quick`: local disk only).
 
 A GPT of 100 M parameters trains with AdamW on one thread, so one core is free: 1.2 GB of state. The steps are real ones,
-made about 2 ms and about 300 ms long by training fewer of the parameters or more tokens; no step of 2 ms could change a
-gigabyte, so a short one leaves most of the state as it is, and Holdfast's hook waits for the rest alone.
+made about 2 ms and about 300 ms long by training fewer of the parameters or more tokens; on a CPU no step of 2 ms could
+change a gigabyte, so a short one leaves most of the state as it is, and Holdfast's hook waits for the rest alone.
 Saves by Holdfast, saves by `torch.distributed.checkpoint.async_save` (DCP) and stretches without a save follow each
 other in one loop, next to one memcpy of the state and a direct write of as many bytes, round after round. Holdfast is
 used as a machine's program uses it: the environment, `holdfast.attach`, `run.steps`. Everything is timed from outside.

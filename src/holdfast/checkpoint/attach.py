@@ -284,7 +284,7 @@ class Attached:
     def _save(self, wait: bool = False) -> None:
         """Copy the state while the training goes on; what is copied is made durable by another process."""
         assert self._around
-        self._snapshots.settle()  # one that came to nothing is not this one
+        self._snapshots.settle()  # the one before: if it came to nothing, that is not this one's failure
         self._say_failure()
         if wait and self._together.world_size > 1:
             # Nobody has voted on it: a newer snapshot must not take the place of one whose parts others wait for.

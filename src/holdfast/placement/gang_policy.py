@@ -73,9 +73,9 @@ def decide_formation(situation: GangSituation) -> Form | Dissolve | None:
 
 
 def failed_program(situation: GangSituation) -> Ready | None:
-    """Who failed first in a formation that is over, with what the others said too, where the program is to blame: all its members are there, alive.
+    """Who failed first in a formation that is over, where the program is to blame: all its members are there, alive.
 
-    Where one is gone, the others' failures are its absence.
+    Where one is gone, the others' failures are its absence. `detail` has the words of those who failed later, too.
     """
     if not situation.is_over or not situation.members:
         return None

@@ -51,7 +51,8 @@ def sqlite(folder: Path) -> Iterator[Broker]:
 def redis(folder: Path) -> Iterator[Broker]:
     port = free_port()
     words = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    words += ["--appendonly", "yes", "--save", ""]
+    # `everysec` answers before it has written while a flush is under way: a kill on a busy disk would lose that.
+    words += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
     with Server(words, port, folder / "redis.log") as server:
         yield Broker(f"redis://127.0.0.1:{port}/0", restart=server.restart)
 

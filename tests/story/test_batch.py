@@ -160,7 +160,7 @@ def test_dollars_are_capped_and_a_higher_cap_goes_on_with_what_is_left(folder: P
 def test_spot_that_goes_for_good_is_replaced_in_time_for_the_deadline(folder: Path, store: DirectoryStore) -> None:
     market = TimedMarket(outages=[Outage(start_seconds=300, end_seconds=1e6)], notice_seconds=60.0)
     driver = LocalDriver(LocalCloudConfig(root=folder / "cloud", clock_speed=20.0, market=market))
-    job = batch_job(folder, records=600, seconds=0.5, machines=2, spot_share=1.0, deadline_hours=0.5)
+    job = batch_job(folder, records=600, seconds=1.0, machines=2, spot_share=1.0, deadline_hours=0.5)
     summary = carry(job, driver, store)
     assert_whole(summary, 600)
     assert results(store, "double") == {n: 2 * n for n in range(600)}

@@ -66,6 +66,8 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
     made.store = Refusing(tmp_path / "store")
     made.store.seconds = 1.5
     yield made
+    for watcher in made.watchers:  # or the lease's would end the process of the tests, when it is over
+        watcher.stop()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -133,6 +135,8 @@ def test_a_lease_ends_although_the_store_refuses_to_show_it(tmp_path: Path) -> N
         told.append(notice)
         heard.set()
 
-    LeaseWatcher(shown, "light", 1, clock, 0.1, tell, power_off=lambda: None).start()
+    watcher = LeaseWatcher(shown, "light", 1, clock, 0.1, tell, power_off=lambda: None)
+    watcher.start()
     assert heard.wait(10)
+    watcher.stop()
     assert told[0].kind == "lease"

@@ -5,8 +5,9 @@ instant their lease ends), bodies, claims, and the dead. Every verb is one scrip
 and time is the server's own. Not a stream with a consumer group: there an entry's idle time is measured against the
 timeout of whoever asks, a late holder claims it back from the next one, and depth is a count over consumers.
 
-A restart keeps what the append-only file has: with `appendonly yes` all that a verb has answered to (a power cut loses the
-last second, unless `appendfsync always`).
+A restart keeps what the append-only file has. With `appendfsync always` that is all that a verb has answered to. With Redis's
+default, `everysec`, a power cut loses the last second; and while the disk is too slow for a flush a second, writes wait up to two
+seconds in the server's memory and are answered all the same, so that a killed server loses those too.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from holdfast.runtime.logs import LogShipper
 from holdfast.runtime.metadata import Notice, own_machine_id
 from holdfast.runtime.processes import kill_marked
 from holdfast.runtime.telemetry import Telemetry
-from holdfast.runtime.watchers import LeaseWatcher, NoticeWatcher
+from holdfast.runtime.watchers import LeaseWatcher, NoticeWatcher, Watcher
 from holdfast.storage import open_store
 
 T = TypeVar("T")
@@ -78,6 +78,8 @@ class Agent:
         self.surroundings: Surroundings = Image(sys.executable)
         self._steps = 0
         self._expect_program("", self.of_member.get(contract.RUN, self.run_id), self.attempt)
+        self.watchers: list[Watcher] = []
+        """They outlive `run`: the lease ends a process that does not."""
         self.notice: Notice | None = None
         self._notice_lock = threading.Lock()
         self._was_heard = False
@@ -128,10 +130,11 @@ class Agent:
         return program if processes == 1 else torchrun.standalone(processes, program)
 
     def _watch(self) -> None:
-        NoticeWatcher(self.clock, self.config["notice_poll_seconds"], self.hear).start()
-        LeaseWatcher(
-            self.store, self.run_id, self.leased_attempt, self.clock, LEASE_POLL_SECONDS, self.hear, self._power_off
-        ).start()
+        lease = self.store, self.run_id, self.leased_attempt, self.clock, LEASE_POLL_SECONDS
+        self.watchers.append(NoticeWatcher(self.clock, self.config["notice_poll_seconds"], self.hear))
+        self.watchers.append(LeaseWatcher(*lease, self.hear, self._power_off))
+        for watcher in self.watchers:
+            watcher.start()
 
     def _prepare(self) -> None:
         name = f"holdfast-{self.run_id}-{self.attempt:04d}"

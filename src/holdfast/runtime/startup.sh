@@ -40,7 +40,7 @@ watch() {
   echo "holdfast: $HOLDFAST_MAX_RUN_SECONDS s, the longest that this machine may run, are over" || true
   if kill -TERM "$(cat agent.pid)"; then sleep "$2" & sleeper=$!; wait "$sleeper"; fi
   power_off || true
-  kill -KILL "$(cat agent.pid)" $$
+  kill -KILL $$ "$(cat agent.pid)"  # in this order, or we might still say that it was killed
 }
 
 trap finish EXIT

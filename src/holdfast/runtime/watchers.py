@@ -6,7 +6,6 @@ import http.client
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -24,18 +23,29 @@ OVERDUE_SECONDS = 120.0
 """A machine whose agent did not end by itself so long after its lease is powered off all the same."""
 
 
-class NoticeWatcher(threading.Thread):
+class Watcher(threading.Thread):
+    """Goes on until the process ends, or is told to `stop`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+class NoticeWatcher(Watcher):
     """Asks the metadata service every `poll_seconds`; on GCP it is told at once (`wait_for_change`)."""
 
     def __init__(self, clock: Clock, poll_seconds: float, tell: Callable[[Notice], None]) -> None:
-        super().__init__(name="notice-watcher", daemon=True)
+        super().__init__("notice-watcher")
         self._clock, self._poll_seconds, self._tell = clock, poll_seconds, tell
         self.dialect = ""
 
     def run(self) -> None:
         service = self._find_service()
-        self.dialect = service.dialect
-        while True:
+        self.dialect = service.dialect if service else ""
+        while service and not self._stopped.is_set():
             try:
                 if notice := service.notice():
                     self._tell(notice)
@@ -44,21 +54,25 @@ class NoticeWatcher(threading.Thread):
                 if isinstance(service, GcpMetadata):
                     service.wait_for_change(seconds=60)
                 else:
-                    self._clock.sleep(self._poll_seconds)
+                    self._pause()
             except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
                 log.warning("metadata service can't be read error=%s", error)
-                self._clock.sleep(self._poll_seconds)
+                self._pause()
 
-    def _find_service(self) -> MetadataService:
-        while True:
+    def _pause(self) -> None:
+        self._stopped.wait(self._poll_seconds / self._clock.speed)
+
+    def _find_service(self) -> MetadataService | None:
+        while not self._stopped.is_set():
             for service in candidate_services(self._clock):
                 if service.answers():
                     return service
             log.warning("no metadata service answers: an interruption notice can't be heard")
-            self._clock.sleep(self._poll_seconds)
+            self._pause()
+        return None
 
 
-class LeaseWatcher(threading.Thread):
+class LeaseWatcher(Watcher):
     """The dead-man's switch: a machine that nobody supervises, or that was replaced, ends itself."""
 
     def __init__(
@@ -71,7 +85,7 @@ class LeaseWatcher(threading.Thread):
         tell: Callable[[Notice], None],
         power_off: Callable[[], None],
     ) -> None:
-        super().__init__(name="lease-watcher", daemon=True)
+        super().__init__("lease-watcher")
         self._store, self._key, self._attempt = store, lease_key(run_id), attempt
         self._clock, self._poll_seconds, self._tell, self._power_off = clock, poll_seconds, tell, power_off
         # Until the first is read: a store that never answers must not make a machine that never ends.
@@ -79,7 +93,7 @@ class LeaseWatcher(threading.Thread):
         self._told = False
 
     def run(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             try:
                 self._look()
             except (HoldfastError, OSError, ValueError, KeyError, TypeError) as error:
@@ -91,7 +105,7 @@ class LeaseWatcher(threading.Thread):
                 if now >= self._expires_at + timedelta(seconds=OVERDUE_SECONDS):
                     self._power_off()
             # Never faster than the wall bears: a fast clock must not turn this into a busy loop.
-            time.sleep(max(0.1, self._poll_seconds / self._clock.speed))
+            self._stopped.wait(max(0.1, self._poll_seconds / self._clock.speed))
 
     def _look(self) -> None:
         lease = json.loads(self._store.get(self._key))

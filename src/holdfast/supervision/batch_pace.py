@@ -1,7 +1,8 @@
 """A batch job's deadline: how long what is left takes the whole fleet, and what that lets its next machines be.
 
 Machines that live are left alone: spot goes on working when the slack is used up. From then on whatever is taken is replaced on
-demand, so that no machine is lost twice; one start of all of them, and one batch, are kept as slack for that.
+demand, so that no machine is lost twice; one start of all of them, and one batch, are kept as slack for that. As much again is
+kept because the slowest of several machines counts, and may start more slowly than any that was seen.
 """
 
 from __future__ import annotations
@@ -65,14 +66,15 @@ class Pace:
         assert run.tally
         total = run.tally.batches * batch_seconds / job.machines
         left = run.tally.left * batch_seconds / job.machines
-        reserve = reserve_seconds_for(total) + batch_seconds * max(1, job.workers_per_machine)
+        restart = run.start_seconds or GUESSED_START_SECONDS
+        reserve = reserve_seconds_for(total) + restart + batch_seconds * max(1, job.workers_per_machine)
         policy = self._begin(offers)
         situation = Situation(
             now_seconds=(now - started).total_seconds(),
             deadline_seconds=deadline_seconds - reserve,
             work_total_seconds=total,
             work_done_seconds=total - left,
-            restart_seconds=run.start_seconds or GUESSED_START_SECONDS,
+            restart_seconds=restart,
             pools=self._views(offers, rounds, started, now, tick),
             tick_seconds=tick,
             history=self._history,

@@ -26,6 +26,10 @@ LEFT_BEHIND = shutil.ignore_patterns(
     ".venv", ".holdfast", ".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
 )
 
+# Guards against what never comes. On a crowded computer a worker alone took two minutes to start, six flow runs seven.
+PATIENCE_SECONDS = 300.0
+TYPED_SECONDS = 900.0
+
 
 @dataclass
 class Platform:
@@ -62,11 +66,11 @@ class Platform:
             start_new_session=True,
         )
 
-    def type(self, typed: str, seconds: float = 300.0) -> tuple[int, str]:
+    def type(self, typed: str) -> tuple[int, str]:
         """Status and output of commands that end."""
         begin = "source .venv/bin/activate\nexport PREFECT_API_URL=http://127.0.0.1:4200/api\n"
         terminal = self.open_terminal(typed if typed.startswith("source") else begin + typed)
-        output, _ = terminal.communicate(timeout=seconds)
+        output, _ = terminal.communicate(timeout=TYPED_SECONDS)
         return terminal.returncode, output
 
     def ask(self, path: str, **body: Any) -> Any:
@@ -103,7 +107,7 @@ class Platform:
         return command_lines_with(f"{self.folder}/.holdfast/clouds")
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 180.0, what: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS, what: str = "") -> Any:
     """What `condition` says, as soon as it is something."""
     give_up_at = time.monotonic() + seconds
     while not (found := condition()):
@@ -124,9 +128,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     terminals = []
     try:
         terminals.append(platform.open_terminal(f"exec > server.log 2>&1\n{blocks[0]}"))
-        wait_until(lambda: _healthy(platform), 90, "the server")
+        wait_until(lambda: _healthy(platform), what="the server")
         terminals.append(platform.open_terminal(f"exec > worker.log 2>&1\n{blocks[1]}"))
-        wait_until(lambda: _working(platform, terminals[1]), 120, "the worker")
+        wait_until(lambda: _working(platform, terminals[1]), what="the worker")
         yield platform
     finally:
         for terminal in reversed(terminals):

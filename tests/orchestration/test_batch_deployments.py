@@ -30,7 +30,7 @@ def test_the_deployments_bring_jobs_that_are_valid(platform: Platform) -> None:
 
 def test_a_deployment_run_works_through_the_pages_of_this_checkout(platform: Platform) -> None:
     asked = f"prefect deployment run 'batch-inference/local' -p job='{json.dumps(LINES)}' -p run_id=lines --watch"
-    status, output = platform.type(asked, seconds=400)
+    status, output = platform.type(asked)
     assert status == 0, output
     summary = platform.summary("lines")
     pages = sorted((platform.folder / "docs").glob("*.md"))

@@ -26,7 +26,7 @@ def run_id_of(platform: Platform, **parameters: Any) -> str:
 
 def ended(platform: Platform, flow_run: str) -> dict[str, Any]:
     run = wait_until(
-        lambda: (found := platform.ask(f"flow_runs/{flow_run}"))["state_type"] in ENDED and found, 120, "the end"
+        lambda: (found := platform.ask(f"flow_runs/{flow_run}"))["state_type"] in ENDED and found, what="the end"
     )
     return run["state"]
 
@@ -66,12 +66,12 @@ def test_what_only_the_flow_can_know_is_refused_in_its_state_before_anything_is_
 
 def test_a_cancelled_flow_run_ends_its_machine_settles_and_publishes(platform: Platform) -> None:
     flow_run = run_id_of(platform, job=GOOD | {"name": "long", "args": ["--steps", "100000"]}, run_id="long")
-    wait_until(lambda: platform.processes(), 90, "a machine")
+    wait_until(lambda: platform.processes(), what="a machine")
     status, output = platform.type(f"prefect flow-run cancel {flow_run}")
     assert status == 0, output
     assert ended(platform, flow_run)["type"] == "CANCELLED"
     wait_until(lambda: not platform.processes(), 60, "no machine")
-    wait_until(lambda: (platform.folder / ".holdfast/runs/long/summary.json").exists(), 30)
+    wait_until(lambda: (platform.folder / ".holdfast/runs/long/summary.json").exists())
     assert platform.summary("long")["state"] == "cancelled"
     artifacts = {artifact["key"] for artifact in platform.ask("artifacts/filter", sort="KEY_ASC")}
     assert "cost-summary-long" in artifacts
@@ -80,7 +80,7 @@ def test_a_cancelled_flow_run_ends_its_machine_settles_and_publishes(platform: P
 def test_a_crashed_flow_run_is_taken_up_again_by_the_next_with_its_run_id(platform: Platform) -> None:
     job = GOOD | {"name": "crash", "args": ["--steps", "1500"]}
     flow_run = run_id_of(platform, job=job, run_id="crash")
-    wait_until(lambda: platform.processes(), 90, "a machine")
+    wait_until(lambda: platform.processes(), what="a machine")
     os.kill(process_of(flow_run), signal.SIGKILL)
     assert ended(platform, flow_run)["type"] == "CRASHED"
     assert ended(platform, run_id_of(platform, job=job, run_id="crash"))["type"] == "COMPLETED"

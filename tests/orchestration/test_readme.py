@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("platform")  # one server and one worker fo
 
 def test_what_the_readme_says_to_type_works_in_its_order(platform: Platform) -> None:
     _server, _worker, runs, schedule = platform.blocks
-    status, output = platform.type(runs, seconds=400)
+    status, output = platform.type(runs)
     assert status == 0, output
     assert output.count("Flow run finished successfully") == 5, output
 
@@ -44,7 +44,7 @@ def its_event_trained(platform: Platform) -> None:
         runs = [run for run in platform.runs("train") if str(run["parameters"].get("run_id")).startswith("digits-")]
         return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")]
 
-    [run] = wait_until(triggered, 90, "the run that the event triggers")
+    [run] = wait_until(triggered, what="the run that the event triggers")
     assert run["state_type"] == "COMPLETED"
     assert platform.summary(run["parameters"]["run_id"])["state"] == "finished"
 
@@ -79,4 +79,4 @@ def test_a_schedule_starts_runs(platform: Platform) -> None:
             run for run in platform.runs("reap-orphans") if run["auto_scheduled"] and run["state_type"] == "COMPLETED"
         ]
 
-    assert wait_until(scheduled, 120, "a scheduled run")
+    assert wait_until(scheduled, what="a scheduled run")

@@ -26,7 +26,8 @@ LEFT_BEHIND = shutil.ignore_patterns(
     ".venv", ".holdfast", ".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
 )
 
-# Guards against what never comes. On a crowded computer a worker alone took two minutes to start, six flow runs seven.
+# Guards against what never comes. On a crowded computer a worker alone took more than two
+# minutes to start, and five flow runs more than 400 seconds.
 PATIENCE_SECONDS = 300.0
 TYPED_SECONDS = 900.0
 

@@ -94,9 +94,8 @@ def test_rank_puts_what_was_taken_often_last_and_shows_it_in_the_ui(store: Direc
     assert worst["usd_per_unit"] > 1.1 * best["usd_per_unit"]
     keys = {"key": {"any_": ["ranking-steady", "offers-steady"]}}
     artifacts = {one["key"]: one for one in asked(prefect_api, "artifacts/latest", artifacts=keys)}
-    assert (
-        best["why"] in artifacts["ranking-steady"]["data"] and "data:image/png" in artifacts["ranking-steady"]["data"]
-    )
+    ranking = artifacts["ranking-steady"]["data"]
+    assert best["why"] in ranking and "data:image/png" in ranking
     assert len(json.loads(artifacts["offers-steady"]["data"])) == 3
 
 

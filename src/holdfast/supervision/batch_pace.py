@@ -1,8 +1,8 @@
 """A batch job's deadline: how long what is left takes the whole fleet, and what that lets its next machines be.
 
 Machines that live are left alone: spot goes on working when the slack is used up. From then on whatever is taken is replaced on
-demand, so that no machine is lost twice; one start of all of them, and one batch, are kept as slack for that. As much again is
-kept because the slowest of several machines counts, and may start more slowly than any that was seen.
+demand, so that no machine is lost twice; one start of all of them, and one batch, are kept as slack for that. That start may take
+twice as long as the longest that was seen: of several machines the slowest counts.
 """
 
 from __future__ import annotations

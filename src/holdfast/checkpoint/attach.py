@@ -263,11 +263,13 @@ class Attached:
         )
 
     def _is_due(self) -> bool:
-        seconds = (time.monotonic() - self._saved_at) * self._clock.speed
+        steps, speed = self._step - self._saved_step, self._clock.speed
+        seconds = (time.monotonic() - self._saved_at) * speed
+        if not self._policy.is_automatic:
+            return self._policy.is_due(steps, seconds)
         cost = self._committer.commit_seconds
-        speed = self._clock.speed
         return self._policy.is_due(
-            self._step - self._saved_step,
+            steps,
             seconds,
             None if cost is None else (self._hold_seconds + 0.1 * cost) * speed,
             age_seconds=(time.monotonic() - self._began) * speed,

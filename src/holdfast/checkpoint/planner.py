@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from statistics import median
 
 from holdfast.runtime.contract import NoticeKind
 
@@ -47,7 +46,8 @@ class Spread:
         known = sorted(seconds)
         if not known:
             raise ValueError("a spread needs at least one measurement")
-        return cls(quickest=known[0], median=median(known), worst=known[-1])
+        middle = len(known) // 2
+        return cls(quickest=known[0], median=(known[middle] + known[~middle]) / 2, worst=known[-1])
 
     @property
     def safe(self) -> float:

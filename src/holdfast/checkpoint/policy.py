@@ -52,11 +52,16 @@ class CheckpointPolicy:
         fields = json.loads(text)
         return cls(**{**fields, "hazards": tuple((age, rate) for age, rate in fields.get("hazards", ()))})
 
+    @property
+    def is_automatic(self) -> bool:
+        """The spacing is this policy's to choose, by what a save was seen to cost."""
+        return not (self.every_steps or self.every_seconds)
+
     def is_due(
         self,
         steps: int,
         seconds: float,
-        save_seconds: float | None,
+        save_seconds: float | None = None,
         age_seconds: float = 0.0,
         commit_seconds: float = math.inf,
     ) -> bool:

@@ -73,6 +73,8 @@ class Console:
         self._write(f"holdfast: phase {name} {step}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         now = time.monotonic()
         if not self._is_slow or now >= self._next_step:
             self._next_step = now + 1 / DEVICE_LINES_PER_SECOND

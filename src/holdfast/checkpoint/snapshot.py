@@ -69,7 +69,7 @@ class Pair:
 
     @property
     def size_bytes(self) -> int:
-        return int(self.source.numel() * self.source.element_size())
+        return int(self.source.nbytes)
 
     @property
     def is_sound(self) -> bool:
@@ -387,18 +387,18 @@ class Snapshots:
         has_gradient = self._may_wait() if self._overlap else {}
         now, soon, later = [], [], []
         for name, leaf in leaves.items():
-            pair = Pair.of(views[name], leaf.tensor)
-            address = leaf.tensor.data_ptr()
-            if leaf.spec.size_bytes < SMALL_BYTES or address not in has_gradient:
-                now.append(pair)
+            source = leaf.tensor
+            address = source.data_ptr()
+            if source.nbytes < SMALL_BYTES or address not in has_gradient:
+                now.append((views[name], source))
             else:  # what has a gradient from the last step, the next one most likely changes
-                (soon if has_gradient[address] else later).append(pair)
+                (soon if has_gradient[address] else later).append(Pair.of(views[name], source))
         late = soon + later
         for pair in late:
             pair.sample = _sample(pair.source)
         self._current, self._late, self._urgent = snapshot, late, []
         _copy_all(now)
-        _synchronize(pair.source for pair in now)
+        _synchronize(source for _, source in now)
         self._events = events = _copy_on_streams(late)
 
         def copy() -> None:
@@ -484,12 +484,12 @@ def _views(slot: Slot, image: Image) -> dict[str, Any]:
     return views
 
 
-def _copy_all(pairs: list[Pair]) -> None:
+def _copy_all(pairs: list[tuple[Any, Any]]) -> None:
     if pairs:
         import torch
 
         with torch.no_grad():
-            torch._foreach_copy_([pair.view for pair in pairs], [pair.source for pair in pairs])
+            torch._foreach_copy_([view for view, _ in pairs], [source for _, source in pairs])
 
 
 def _copy_beside(pairs: list[Pair]) -> None:

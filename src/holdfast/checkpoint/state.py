@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.checkpoint.components import (
     difference,
@@ -24,7 +24,7 @@ from holdfast.checkpoint.components import (
 from holdfast.checkpoint.elastic import LearningRateRule, load_loader, reseed, scale_learning_rates
 from holdfast.checkpoint.image import Spec
 from holdfast.checkpoint.shards import Box, is_dtensor, local_part, owners, whole
-from holdfast.checkpoint.tensors import can_encode, dtype_names
+from holdfast.checkpoint.tensors import dtype_names
 from holdfast.checkpoint.tree import TENSOR, flatten, unflatten
 from holdfast.errors import ConfigError
 
@@ -35,15 +35,16 @@ SHARED = ("module", "optimizer")
 REAL = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One tensor of the state, or this rank's part of it."""
 
     tensor: Any
     """Live and plain: the program goes on changing it."""
     spec: Spec
-    box: Box
-    global_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole."""
+    box: Box | None
+    """Its place in the whole; None: it is the whole."""
     writes: bool
 
 
@@ -56,9 +57,9 @@ class Collected:
     def shards(self) -> dict[str, Any]:
         """What the image's header does not say of parts."""
         return {
-            name: {"shape": leaf.global_shape, "begin": leaf.box.begin}
+            name: {"shape": leaf.shape, "begin": leaf.box.begin}
             for name, leaf in self.leaves.items()
-            if leaf.box != whole(leaf.global_shape)
+            if leaf.box is not None
         }
 
 
@@ -94,7 +95,7 @@ class TrainingState:
         names = parameter_names(self._components)
         leaves: dict[str, Leaf] = {}
         alike: dict[str, int] = {}  # name -> bytes, of what every rank has whole
-        known: dict[tuple[Any, ...], str] = {}
+        by_address: dict[int, list[tuple[str, bool]]] = {}
         torch = sys.modules.get("torch")
         dtypes = dtype_names() if torch else {}
 
@@ -104,34 +105,35 @@ class TrainingState:
             if torch.nn.parameter.is_lazy(leaf):
                 raise ConfigError(f"{path} has no shape yet; run the model forward once before attach()")
             leaf = leaf.detach()
-            box, global_shape, writes = whole(leaf.shape), tuple(leaf.shape), True
+            box, global_shape, writes = None, tuple(leaf.shape), True
             sharded = is_dtensor(leaf)
             if sharded:
                 leaf, box, writes = local_part(path, leaf)
                 writes = writes and (leaf.numel() > 0 or 0 in global_shape)
+                box = None if box == whole(global_shape) else box
             if leaf.is_meta:
                 raise ConfigError(
                     f"{path} is on the meta device, where tensors have no content; move it to a real one (to_empty) and "
                     "initialise it before attach()"
                 )
-            if not can_encode(leaf):
+            dtype = dtypes.get(leaf.dtype)
+            if dtype is None or leaf.layout is not torch.strided:
                 raise ConfigError(
                     f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
                     "one of another type"
                 )
             # Tied weights are one tensor under two names, and stay one.
-            identity = (
-                leaf.device, leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg(),
-                global_shape, shared,
-            )  # fmt: skip
-            if leaf.numel() and leaf.data_ptr() and identity in known:
-                return known[identity]
+            address = leaf.data_ptr()
+            tied = by_address.setdefault(address, [])
+            for other, is_shared in tied if address else ():
+                if is_shared == shared and _are_one(leaf, leaves[other].tensor) and global_shape == leaves[other].shape:
+                    return other
             name = path if shared or self._world_size == 1 else f"{path}@{self._rank}"
             while name in leaves:
                 name += "'"
-            known[identity] = name
-            spec = Spec(dtypes[leaf.dtype], tuple(leaf.shape))
-            leaves[name] = Leaf(leaf, spec, box, global_shape, writes)
+            tied.append((name, shared))
+            spec = Spec(dtype, tuple(leaf.shape))
+            leaves[name] = Leaf(leaf, spec, global_shape, box, writes)
             if shared and not sharded:
                 alike[name] = spec.size_bytes
             return name
@@ -286,6 +288,19 @@ class TrainingState:
                     # A sampler of ours tells the global batch, a loader of others' that of its rank.
                     return size if hasattr(one, "world_size") else size * self._world_size
         return None
+
+
+def _are_one(one: Any, other: Any) -> bool:
+    """Of two tensors at one address: do they have the same elements?"""
+    return bool(
+        one.numel()
+        and one.device == other.device
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.is_conj() == other.is_conj()
+        and one.is_neg() == other.is_neg()
+    )
 
 
 def describe_environment() -> dict[str, Any]:

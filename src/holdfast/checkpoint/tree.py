@@ -16,6 +16,7 @@ from holdfast.errors import ConfigError, DamagedCheckpointError
 
 TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY = "$tensor", "$tuple", "$pairs", "$float", "$bytes", "$array"
 COUNTER = "$counter"  # MultiStepLR asks its milestones for `elements`, which a dict does not have
+PLAIN = frozenset({type(None), bool, int})
 RESERVED = frozenset({TENSOR, TUPLE, PAIRS, FLOAT, BYTES, ARRAY, COUNTER})
 
 
@@ -26,9 +27,10 @@ def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], str]) -> An
 
     Raises ConfigError naming the path and type of a leaf that can't be stored.
     """
-    if value is None or isinstance(value, bool | str) or type(value) is int:
+    kind = type(value)
+    if kind in PLAIN or isinstance(value, str):
         return value
-    if type(value) is float:
+    if kind is float:
         return value if math.isfinite(value) else {FLOAT: repr(value)}
     if isinstance(value, bytes):
         return {BYTES: base64.b64encode(value).decode()}

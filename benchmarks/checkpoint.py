@@ -18,6 +18,7 @@ Shared memory has huge pages meanwhile, where this user may allow them, as it ha
 | dcp_durable_over_ours | from the save to durable, DCP's over Holdfast's |
 | upload_over_raw | the same in S3, over the fastest client's upload in parts; the loop sleeps meanwhile |
 | upload_over_checksummed | the same over obstore's with the checksum that S3 verifies, as Holdfast sends it |
+| upload_..._at_10_gbit | upload_over_raw where the server lets through no more than a link of 10 Gbit/s would |
 | load_over_raw | attach() with a fresh model and optimizer over the read and one memcpy into a fresh state; no page cached |
 
 A fresh optimizer's moments are memory that no one has touched, and the first touch takes longer than the copy;
@@ -50,6 +51,8 @@ RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 CPU_PARAMETERS, CUDA_PARAMETERS = 100_000_000, 1_000_000_000
 BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments, four bytes each
 COPIES_ON_DISK, COPIES_IN_MEMORY = 10, 11
+LINK_BYTES_PER_SECOND = 1.25e9
+"10 Gbit/s, as cloud machines of a few cores have it; loopback has several times as much."
 DCP_KINDS = ("threads", "process")
 QUICK_LOADS, QUICK_SECONDS = 3, 50.0
 """With --quick: after so many seconds, that many loads are enough, and one by DCP."""
@@ -71,7 +74,7 @@ TARGETS: dict[str, tuple[str, float]] = {
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="the local disk's rows only, in about a minute")
-    options.add_argument("--rounds", type=int, default=5, help="how often each is measured (default 5)")
+    options.add_argument("--rounds", type=int, default=9, help="how often each is measured (default 9)")
     options.add_argument("--parameters", type=int, help="of the model (default 100 M, 1,000 M on a GPU)")
     options.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one's)")
     options.add_argument("--result", type=Path, default=RESULT, help=argparse.SUPPRESS)
@@ -140,7 +143,12 @@ def measure_s3(setting: Any) -> dict[str, Any]:
     with s3_clients.server() as endpoint:
         url = f"s3://{s3_clients.BUCKET}/holdfast?region={s3_clients.REGION}&endpoint={endpoint}"
         uploaded = run(setting, "upload", "uploads to an S3 server on loopback", endpoint, url)
-        return {"upload": uploaded, "load_s3": measure_loads(setting, url, "", endpoint)}
+        loaded = measure_loads(setting, url, "", endpoint)
+    with s3_clients.server(LINK_BYTES_PER_SECOND) as endpoint:
+        url = f"s3://{s3_clients.BUCKET}/holdfast?region={s3_clients.REGION}&endpoint={endpoint}"
+        title = "uploads to an S3 server behind a link of 10 Gbit/s"
+        over_link = run(setting, "upload", title, endpoint, url, s3_clients.FASTEST)
+    return {"upload": uploaded, "load_s3": loaded, "upload_over_link": over_link}
 
 
 def measure_loads(setting: Any, url: str, dcp_path: str, endpoint: str) -> list[dict[str, float]]:
@@ -203,6 +211,11 @@ def report(setting: Any, found: Mapping[str, Any], quick: bool) -> dict[str, Any
             **{f"steps of {length}": rounded(values) for length, values in found["train"]["lengths"].items()},
             "load": rounded(columns(found["load"])),
             **({"upload": rounded(found["upload"]["values"])} if "upload" in found else {}),
+            **(
+                {"upload at 10 Gbit/s": rounded(found["upload_over_link"]["values"])}
+                if "upload_over_link" in found
+                else {}
+            ),
             **({"load from S3": rounded(columns(found["load_s3"]))} if "load_s3" in found else {}),
         },
         "step_seconds": {length: round(value, 5) for length, value in found["train"]["step_seconds"].items()},
@@ -233,7 +246,7 @@ def report(setting: Any, found: Mapping[str, Any], quick: bool) -> dict[str, Any
 
 def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Key -> case -> ratio."""
-    from benchmarks.support.s3_clients import CHECKSUMMED
+    from benchmarks.support.s3_clients import CHECKSUMMED, FASTEST
 
     cases: dict[str, dict[str, float]] = {}
 
@@ -280,6 +293,10 @@ def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         put("upload_from_save_over_raw", fastest, mid["holdfast_durable"] / clients[fastest])
         for name, value in clients.items():
             put("client_upload_over_fastest", name, value / clients[fastest])
+    if "upload_over_link" in found:
+        mid = {name: median(values) for name, values in found["upload_over_link"]["values"].items()}
+        put("upload_over_raw_at_10_gbit", FASTEST, (mid["holdfast_durable"] - mid["memcpy"]) / mid[FASTEST])
+        put("upload_from_save_over_raw_at_10_gbit", FASTEST, mid["holdfast_durable"] / mid[FASTEST])
     if "shared_copies" in found["low_memory"]:
         put("low_memory_shared_copies", "2 saves", found["low_memory"]["shared_copies"])
     return cases

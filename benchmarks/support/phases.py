@@ -192,11 +192,14 @@ def load(setting: Setting, store_url: str, dcp_path: str, endpoint: str) -> dict
     return seconds
 
 
-def upload(setting: Setting, endpoint: str, store_url: str) -> dict[str, Any]:
-    """The state to S3, by each client and by Holdfast in turn, while the loop only waits: two cores are few for three."""
+def upload(setting: Setting, endpoint: str, store_url: str, only: str = "") -> dict[str, Any]:
+    """The state to S3, by each client (or one) and by Holdfast in turn, while the loop only waits: two cores are few for
+    three.
+    """
     workload = Workload(setting.parameters, setting.device)
     image = Image(workload)
     clients, missing = s3_clients.uploads(endpoint)
+    clients = {only: clients[only]} if only else clients
     found = Measured()
     ours = Holdfast(workload, store_url, setting.folder / "upload", IDLE_STEPS)
     ours.begin()

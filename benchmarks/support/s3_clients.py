@@ -16,16 +16,18 @@ REPOSITORY = Path(__file__).parents[2]
 BUCKET, REGION = "bucket", "us-east-1"
 PART_BYTES = 16 * 2**20
 PARTS_AT_ONCE = 8
+FASTEST = "obstore"
 CHECKSUMMED = "obstore, CRC64-NVME"
 """What S3 checks on arrival: the others send none."""
 Upload = Callable[[memoryview, str], None]
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """Its endpoint; credentials for it are in the environment."""
+def server(bytes_per_second: float | None = None) -> Iterator[str]:
+    """Its endpoint; credentials for it are in the environment. `bytes_per_second`: of its link; None: as fast as it can."""
+    speed = [] if bytes_per_second is None else [str(bytes_per_second)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.support.s3_server"],
+        [sys.executable, "-m", "benchmarks.support.s3_server", *speed],
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -50,7 +52,7 @@ def uploads(endpoint: str) -> tuple[dict[str, Upload], dict[str, str]]:
     found: dict[str, Upload] = {}
     missing: dict[str, str] = {}
     for name, make in (
-        ("obstore", _obstore),
+        (FASTEST, _obstore),
         (CHECKSUMMED, lambda endpoint: _obstore(endpoint, checksum_algorithm="crc64nvme")),
         ("boto3", _boto3),
         ("s3torchconnector", _s3torchconnector),

@@ -1,7 +1,8 @@
 """An S3 server on loopback that costs its clients as little as Python can: bodies are received straight into memory.
 
-`python -m benchmarks.support.s3_server` prints its port, and ends with its standard input. It checks neither signatures
-nor checksums, has one bucket for every name, and keeps everything in memory.
+`python -m benchmarks.support.s3_server [BYTES_PER_SECOND]` prints its port, and ends with its standard input. It checks
+neither signatures nor checksums, has one bucket for every name, and keeps everything in memory. With a speed, what is
+sent to it arrives no faster than over a link that has it, all connections together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -17,6 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 MOST_HEADER_BYTES = 64 * 1024
+PACKET_BYTES = 1024 * 1024
+"""So much a slower link lets through at a time."""
 NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 
 
@@ -79,6 +83,22 @@ class Memory:
             for part in parts:
                 if isinstance(part.obj, bytearray) and len(part.obj) >= 1 << 20:
                     self._free.setdefault(len(part.obj), []).append(part.obj)
+
+
+class Link:
+    """All connections' way to here."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self._bytes_per_second = bytes_per_second
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def wait_for(self, size: int) -> None:
+        """Until so many more bytes are through."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.perf_counter()) + size / self._bytes_per_second
+            seconds = self._free_at - time.perf_counter()
+        time.sleep(max(0.0, seconds))
 
 
 class Bucket:
@@ -197,8 +217,8 @@ class Bucket:
 class Connection:
     """One client's, answered by a thread of its own; receiving waits outside the interpreter's lock."""
 
-    def __init__(self, link: socket.socket, bucket: Bucket, memory: Memory) -> None:
-        self._link, self._bucket, self._memory = link, bucket, memory
+    def __init__(self, accepted: socket.socket, bucket: Bucket, memory: Memory, link: Link | None) -> None:
+        self._socket, self._bucket, self._memory, self._link = accepted, bucket, memory, link
         self._rest = b""
 
     def serve(self) -> None:
@@ -208,7 +228,7 @@ class Connection:
         except (ConnectionError, ValueError, OSError):
             pass
         finally:
-            self._link.close()
+            self._socket.close()
 
     def _answer(self, head: str) -> None:
         first, *lines = head.split("\r\n")
@@ -216,7 +236,7 @@ class Connection:
         pairs = (line.partition(":") for line in lines)
         headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
         if headers.get("expect", "").lower() == "100-continue":
-            self._link.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         parts = urlsplit(target)
         _, _, key = parts.path.lstrip("/").partition("/")
         query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
@@ -224,13 +244,13 @@ class Connection:
         length = sum(map(len, answer.pieces)) if answer.length is None else answer.length
         said = {"Content-Length": str(length), **answer.headers}
         text = "".join(f"{name}: {value}\r\n" for name, value in said.items())
-        self._link.sendall(f"HTTP/1.1 {answer.status}\r\n{text}\r\n".encode())
+        self._socket.sendall(f"HTTP/1.1 {answer.status}\r\n{text}\r\n".encode())
         for piece in answer.pieces:
-            self._link.sendall(piece)
+            self._socket.sendall(piece)
 
     def _head(self) -> str:
         while (end := self._rest.find(b"\r\n\r\n")) < 0:
-            if len(self._rest) > MOST_HEADER_BYTES or not (more := self._link.recv(MOST_HEADER_BYTES)):
+            if len(self._rest) > MOST_HEADER_BYTES or not (more := self._socket.recv(MOST_HEADER_BYTES)):
                 return ""
             self._rest += more
         head, self._rest = self._rest[:end], self._rest[end + 4 :]
@@ -259,14 +279,18 @@ class Connection:
         view[:have] = self._rest[:have]
         self._rest = self._rest[have:]
         while have < len(view):
-            got = self._link.recv_into(view[have:], 0, socket.MSG_WAITALL)
+            more = view[have:]
+            if self._link:
+                more = more[:PACKET_BYTES]
+                self._link.wait_for(len(more))
+            got = self._socket.recv_into(more, 0, socket.MSG_WAITALL)
             if not got:
                 raise ConnectionError("the client left in the middle of a body")
             have += got
 
     def _line(self) -> bytes:
         while b"\r\n" not in self._rest:
-            if not (more := self._link.recv(4096)):
+            if not (more := self._socket.recv(4096)):
                 raise ConnectionError("the client left in the middle of a body")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\r\n")
@@ -297,13 +321,14 @@ def _error(status: str, code: str) -> Answer:
 def main() -> None:
     memory = Memory()
     bucket = Bucket(memory)
+    link = Link(float(sys.argv[1])) if len(sys.argv) > 1 else None
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
 
     def accept() -> None:
         while True:
-            link, _ = listener.accept()
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=Connection(link, bucket, memory).serve, daemon=True).start()
+            accepted, _ = listener.accept()
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=Connection(accepted, bucket, memory, link).serve, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     print(listener.getsockname()[1], flush=True)

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.reader import read_metrics, tensor_digest
 from holdfast.errors import DamagedCheckpointError, NotFoundError
 from holdfast.runtime.contract import PERSISTING_LOCK
-from holdfast.storage import DirectoryStore
+from holdfast.storage import DirectoryStore, ObjectStore, open_store
+from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
 from tests.programs.saves import EVERY, train
 
 KILLS = int(os.environ.get("HOLDFAST_TEST_KILLS", "45"))
@@ -40,7 +42,7 @@ fork_server.set_forkserver_preload(["pytest", "tests.programs.saves"])
 class Attempt:
     """One life of the training, with what it and its persist process told."""
 
-    def __init__(self, folder: Path, store: DirectoryStore, run_id: str, number: int, steps: int = ENDLESS) -> None:
+    def __init__(self, folder: Path, store: ObjectStore, run_id: str, number: int, steps: int = ENDLESS) -> None:
         self.number, self.folder = number, folder / f"{run_id}-{number}"
         self.folder.mkdir()
         (self.folder / "console").touch()
@@ -54,6 +56,7 @@ class Attempt:
         }
         self.enough = folder / f"{run_id}-is-enough"
         environment = {f"HOLDFAST_{name}": value for name, value in surroundings.items()}
+        environment |= {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
         self.process = fork_server.Process(target=train, args=(steps, environment, self.enough))
         self.process.start()
 
@@ -106,7 +109,7 @@ class Attempt:
 class Watch:
     """Of the store: what was ever reported durable, and what became of it."""
 
-    store: DirectoryStore
+    store: ObjectStore
     reported: set[CheckpointId] = field(default_factory=set)
     verified: int = 0
 
@@ -147,11 +150,26 @@ def kill_at_a_random_instant(attempt: Attempt, whom: str, save_seconds: float, d
 
 
 def test_kills_at_random_instants_of_a_save_damage_nothing_and_lose_nothing_reported(tmp_path: Path) -> None:
-    store, draw = DirectoryStore(tmp_path / "store"), random.Random(SEED)
+    kill_and_look(tmp_path, DirectoryStore(tmp_path / "store"), KILLS)
+
+
+def test_nor_do_they_where_snapshots_are_written_while_they_are_copied(tmp_path: Path, aws_keys: None) -> None:
+    with S3Emulator("killed-saves") as s3:
+        kill_and_look(tmp_path, open_store(s3.url("killed-saves")), KILLS // 3)
+
+
+@pytest.fixture
+def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+
+def kill_and_look(folder: Path, store: ObjectStore, kills: int) -> None:
+    draw = random.Random(SEED)
     watch, killed, in_phase = Watch(store), Counter(), Counter()
-    attempt, began = Attempt(tmp_path, store, "killed", 1), time.monotonic()
+    attempt, began = Attempt(folder, store, "killed", 1), time.monotonic()
     save_seconds = [0.3]
-    for _ in range(KILLS):
+    for _ in range(kills):
         whom = draw.choice(["trainer", "persist", "both"])
         # A little longer than a save: what comes after it, the removal of old ones, is part of it.
         longest = 1.25 * statistics.median(save_seconds[-20:])
@@ -168,7 +186,7 @@ def test_kills_at_random_instants_of_a_save_damage_nothing_and_lose_nothing_repo
         attempt.wait_for_the_last_commit()
         watch.look(attempt)
         newest = Checkpoints(store, "killed").committed()[-1:]
-        attempt = Attempt(tmp_path, store, "killed", attempt.number + 1)
+        attempt = Attempt(folder, store, "killed", attempt.number + 1)
         while not (resumed := attempt.events("resumed")):
             time.sleep(0.005)
         assert resumed[0]["checkpoint"] == (str(newest[0]) if newest else "")
@@ -179,11 +197,11 @@ def test_kills_at_random_instants_of_a_save_damage_nothing_and_lose_nothing_repo
     watch.look(attempt)
     assert attempt.process.exitcode == 0
     seconds, steps = time.monotonic() - began, Checkpoints(store, "killed").committed()[-1].step
-    steady = Attempt(tmp_path, store, "steady", 1, steps)
+    steady = Attempt(folder, store, "steady", 1, steps)
     steady.process.join()
     assert steady.process.exitcode == 0
     print(
-        f"\n{KILLS} kills and {steps} steps in {seconds:.0f} s (seed {SEED}): {dict(killed)}, during {dict(in_phase)}; "
+        f"\n{kills} kills and {steps} steps in {seconds:.0f} s (seed {SEED}): {dict(killed)}, during {dict(in_phase)}; "
         f"{attempt.number} attempts, {len(watch.reported)} checkpoints reported durable, {watch.verified} verifications, "
         f"a save {statistics.median(save_seconds):.3f} s"
     )

@@ -128,7 +128,7 @@ class Attached:
             around.attempt, ranks, self._policy, max(1.0, budget_seconds), self._reporter, log_file
         )
         self._committer.begin(self._resume())
-        self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots)
+        self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots, self._committer.announce)
         self._saved_step = self.resumed_step
         self._saved_at = self._stepped_at = time.monotonic()
         self._completed_at = self._clock.now()

@@ -84,10 +84,18 @@ class Checkpoints:
         return {"size_bytes": digest.size_bytes, "sha256": digest.hexdigest()}
 
     def write_image(
-        self, checkpoint: CheckpointId, name: str, image: memoryview, compressed: bool = False
+        self,
+        checkpoint: CheckpointId,
+        name: str,
+        image: memoryview,
+        compressed: bool = False,
+        wait_for: Callable[[int], None] = lambda stop: None,
     ) -> dict[str, Any]:
         """The same for a large one that lies in memory, which must stay as it is: each piece is summed up, and compressed,
         while the ones before are on their way. Raises TransientError.
+
+        `wait_for(stop)`: called before the bytes below `stop` are looked at; what it raises ends the writing, and there is
+        no such object.
         """
         sums: list[str] = []
         stored: list[int] = []
@@ -97,7 +105,13 @@ class Checkpoints:
             stored.append(len(data))
             return data
 
-        pieces = (image[start : start + PIECE_BYTES] for start in range(0, len(image), PIECE_BYTES))
+        def cut() -> Iterator[memoryview]:
+            for start in range(0, len(image), PIECE_BYTES):
+                piece = image[start : start + PIECE_BYTES]
+                wait_for(start + len(piece))
+                yield piece
+
+        pieces = cut()
         with ThreadPoolExecutor(COMPRESSORS, thread_name_prefix="holdfast-compress") as pool:
             pairs = _compressed(pieces, pool) if compressed else ((piece, piece) for piece in pieces)
             self._store.put(f"{self._prefix}{checkpoint}/{name}", (noted(*pair) for pair in pairs))

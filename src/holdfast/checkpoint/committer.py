@@ -112,11 +112,15 @@ class Committer:
         self._newest = None
         self._send_slots()
 
+    def announce(self, snapshot: Snapshot) -> None:
+        """It is being copied: what is copied of it may be on its way by the time it is offered."""
+        self._send_offer(snapshot, "announce")
+
     def offer(self, snapshot: Snapshot) -> None:
         """Commit this one next; an older one that still waits is dropped."""
         self._newest = snapshot
         self._offered = snapshot.number
-        self._send_offer()
+        self._send_offer(snapshot)
 
     @property
     def busy(self) -> bool:
@@ -177,7 +181,7 @@ class Committer:
             if self._slots:
                 self._send_slots()
             if self._newest is not None and self.busy:
-                self._send_offer()
+                self._send_offer(self._newest)
 
     @contextlib.contextmanager
     def _hold_machine(self) -> Iterator[list[int]]:
@@ -202,16 +206,15 @@ class Committer:
         sizes = [slot.capacity_bytes for slot in self._slots]
         self._send({"kind": "slots", "sizes": sizes}, [slot.fileno() for slot in self._slots])
 
-    def _send_offer(self) -> None:
-        snapshot = self._newest
-        assert snapshot is not None
+    def _send_offer(self, snapshot: Snapshot, kind: str = "offer") -> None:
         self._send(
             {
-                "kind": "offer",
+                "kind": kind,
                 "number": snapshot.number,
                 "slot": next(index for index, slot in enumerate(self._slots) if slot is snapshot.slot),
                 "step": snapshot.step,
                 "began": snapshot.began,
+                "image_bytes": snapshot.image_bytes,
                 "hold_seconds": snapshot.hold_seconds,
                 "folder": str(snapshot.folder or ""),
             }

@@ -43,6 +43,10 @@ NICENESS = 10
 REMEASURE_IMAGES = 50
 """After so many images, what compression does to the state is measured again: weights are not what they were."""
 LINE_BYTES = 65536
+OFFER_SECONDS = 10.0
+"""A snapshot that is whole is offered at once; without that it only lacks how long it held the training up."""
+LOOK_SECONDS = 0.001
+"""How often it looks how far a snapshot is copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,16 @@ class Offer:
     """time.monotonic() when the snapshot was begun: one clock for all processes of a machine."""
     hold_seconds: float
     folder: Path | None = None
+    image_bytes: int = 0
+    is_copied: bool = True
+    """False: it was announced; what is copied already may be written, and when all of it is, it is offered as well."""
+    is_ours: bool = False
+    """We have its slot."""
+    commit_began: float = 0.0
+
+
+class _GivenUpError(Exception):
+    """An announced snapshot came to nothing: the training has said so, and has a newer one soon."""
 
 
 @dataclass(slots=True)
@@ -95,11 +109,14 @@ class Persister:
     speed: float
     tell: Callable[[dict[str, Any]], None]
     """Says to the training process what became of a snapshot; must not raise."""
+    reads_along: bool = False
+    """A snapshot is written while it is still being copied."""
     fenced: bool = False
     _link_bytes_per_second: float = 0.0
     _gain: compression.Gain | None = None
     _images_since_gain: int = 0
     _waiting: Offer | None = None
+    _in_work: Offer | None = None
     _orphaned_at: float | None = None
     _unconfirmed: list[tuple[CheckpointId, float, dict[str, Any]]] = field(default_factory=list)
 
@@ -111,10 +128,16 @@ class Persister:
 
     def offer(self, offer: Offer) -> None:
         """Commit this one next; an older one that still waits is dropped."""
+        if not (offer.is_copied or self.reads_along):
+            return
+        dropped = None
         with self._changed:
-            dropped, self._waiting = self._waiting, offer
+            if self._in_work and self._in_work.number == offer.number:  # it was announced
+                self._in_work.hold_seconds, self._in_work.is_copied = offer.hold_seconds, True
+            elif offer.is_copied or self._waiting is None:  # one that is not yet whole takes no whole one's place
+                dropped, self._waiting = self._waiting, offer
             self._changed.notify_all()
-        if dropped:
+        if dropped and dropped.number != offer.number:
             _discard(dropped)
 
     def orphan(self) -> None:
@@ -132,6 +155,7 @@ class Persister:
             with self._changed:
                 self._changed.wait_for(self._has_work, 0.1 if self._unconfirmed else None)
                 offer, self._waiting = self._waiting, None
+                self._in_work = offer or self._in_work
             if offer is None:
                 self._confirm()
                 if self._orphaned_at is not None and (not self._unconfirmed or self._out_of_time):
@@ -140,13 +164,18 @@ class Persister:
             if offer.slot.closed:
                 _discard(offer)
                 continue
-            if not offer.slot.take():
-                self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
-                continue
+            if offer.is_copied:
+                offer.is_ours = offer.slot.take()
+                if not offer.is_ours:
+                    self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
+                    continue
             try:
-                failed = self._try(offer) if offer.slot.number == offer.number else None
+                is_there = not offer.is_ours or offer.slot.number == offer.number
+                failed = self._try(offer) if is_there else None
             finally:
-                offer.slot.give_back()
+                if offer.is_ours:
+                    offer.is_ours = False
+                    offer.slot.give_back()
                 if offer.slot.retired:
                     offer.slot.close()
             if failed is None:
@@ -169,10 +198,13 @@ class Persister:
     def _again(self, offer: Offer, seconds: float) -> None:
         """After a pause, unless a newer one comes meanwhile."""
         with self._changed:
+            self._in_work = None
             if not self._changed.wait_for(lambda: self._waiting is not None, seconds):
                 self._waiting = offer
                 return
-        _discard(offer)
+            is_replaced = self._waiting is not None and self._waiting.number != offer.number
+        if is_replaced:
+            _discard(offer)
 
     def _try(self, offer: Offer) -> str | None:
         """Why the snapshot could not be made durable; None when it could."""
@@ -183,6 +215,8 @@ class Persister:
         late.start()
         try:
             self._commit(offer)
+        except _GivenUpError:
+            log.info("a snapshot came to nothing while it was being written step=%s", offer.step)
         except Exception as error:  # whatever it is: it must not end this process, and must not go unsaid
             said = str(error) or repr(error)
             log.warning("commit failed step=%s error=%r", offer.step, error)
@@ -207,20 +241,25 @@ class Persister:
             self.fenced = True
             self.tell({"kind": "fenced"})
             return
-        began = time.monotonic()
-        self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": began})
         checkpoint = CheckpointId(self.attempt, offer.step)
-        self._phase("commit", offer.step)
+        objects: dict[str, Any] = {}
+        if offer.is_ours:
+            self._begin_commit(offer)
+        else:
+            image = offer.slot.image(offer.image_bytes)
+            objects |= self._write_image(checkpoint, image, lambda stop: self._wait_for_copy(offer, stop))
+            with self._changed:
+                self._changed.wait_for(lambda: offer.is_copied or self._orphaned_at is not None, OFFER_SECONDS)
         words = json.loads(offer.slot.words())
         self._write_metrics(checkpoint, words.pop("metrics", []))
-        objects = self._write_objects(checkpoint, offer, words.pop("tree"))
+        objects |= self._write_objects(checkpoint, offer, words.pop("tree"), objects)
         facts = {
             "number": offer.number,
             "step": offer.step,
             "bytes": sum(entry["size_bytes"] for entry in objects.values()),
             "hold_seconds": offer.hold_seconds,
             "began": offer.began,
-            "commit_began": began,
+            "commit_began": offer.commit_began,
         }
         ranks = self.orders.ranks
         if ranks.world_size > 1:
@@ -242,6 +281,27 @@ class Persister:
         self._committed(checkpoint, facts)
         self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
 
+    def _begin_commit(self, offer: Offer) -> None:
+        """Its copy is whole, and its slot is ours."""
+        offer.commit_began = time.monotonic()
+        self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": offer.commit_began})
+        self._phase("commit", offer.step)
+
+    def _wait_for_copy(self, offer: Offer, stop: int) -> None:
+        """Until the bytes below `stop` are copied; before the last of all, until the slot is ours with the whole snapshot in
+        it. Raises _GivenUpError when that can't come any more.
+        """
+        while not offer.is_ours:
+            if offer.slot.closed or offer.slot.take():  # whoever filled it has finished, or is dead
+                offer.is_ours = True
+                if offer.slot.number != offer.number:
+                    raise _GivenUpError
+                self._begin_commit(offer)
+            elif stop < offer.image_bytes and offer.slot.copied_bytes >= stop:
+                return
+            else:
+                time.sleep(LOOK_SECONDS)
+
     def _check_other(self, checkpoint: CheckpointId) -> None:
         """This step of this attempt was committed before: by the process before this one, or by another program that
         saves to this run. Its objects have other names than ours. Raises DamagedCheckpointError unless it is whole.
@@ -259,28 +319,36 @@ class Persister:
         names = [rank_name(rank, ranks.token) for rank in range(ranks.world_size)]
         return [{"tree": f"{name}.json", "state": f"{name}.safetensors"} for name in names]
 
-    def _write_objects(self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any]) -> dict[str, Any]:
+    def _write_image(
+        self, checkpoint: CheckpointId, image: memoryview, wait_for: Callable[[int], None] = lambda stop: None
+    ) -> dict[str, Any]:
+        name = self._rank_objects()[self.orders.ranks.rank]["state"]
+        compressed = self._compression_pays(image, wait_for)
+        began = time.monotonic()
+        written = self._checkpoints.write_image(checkpoint, name, image, compressed, wait_for)
+        self._link_bytes_per_second = written["size_bytes"] / max(1e-6, time.monotonic() - began)
+        return {name: written}
+
+    def _write_objects(
+        self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any], written: Mapping[str, Any]
+    ) -> dict[str, Any]:
         ranks = self.orders.ranks
         names = self._rank_objects()[ranks.rank]
         text = json.dumps(tree, separators=(",", ":")).encode()
         objects = {names["tree"]: self._checkpoints.write(checkpoint, names["tree"], [text])}
-        image = offer.slot.image()
-        if len(image):
-            compressed = self._compression_pays(image)
-            began = time.monotonic()
-            objects[names["state"]] = self._checkpoints.write_image(checkpoint, names["state"], image, compressed)
-            stored = objects[names["state"]]["size_bytes"]
-            self._link_bytes_per_second = stored / max(1e-6, time.monotonic() - began)
+        if names["state"] not in written and len(image := offer.slot.image()):
+            objects |= self._write_image(checkpoint, image)
         if offer.folder and ranks.publishes:
             for name, path in plain_files(offer.folder):
                 objects[FILES + name] = self._checkpoints.write(checkpoint, FILES + name, file_pieces(path))
         return objects
 
-    def _compression_pays(self, image: memoryview) -> bool:
+    def _compression_pays(self, image: memoryview, wait_for: Callable[[int], None]) -> bool:
         """By what the link was last seen to do, and what compression does to this state; asked anew now and then."""
         if self.orders.compression == "off" or not self._link_bytes_per_second or not compression.is_available():
             return False
         if self._gain is None or self._images_since_gain >= REMEASURE_IMAGES:
+            wait_for(len(image))
             self._gain, self._images_since_gain = compression.measure(image, PIECE_BYTES), 0
         self._images_since_gain += 1
         return len(image) >= PIECE_BYTES and self._gain.pays(self._link_bytes_per_second)
@@ -385,6 +453,9 @@ def main() -> int:
         Reporter(around),
         around.clock.speed,
         listener.tell,
+        # What goes elsewhere is durable sooner by the time of the copy, and outlives the machine. A local disk does not,
+        # and two processors that copy and write at once take more from a loop on two than they gain.
+        reads_along=not around.store_url.startswith("file:"),
     )
     threading.Thread(target=listener.listen, args=(persister,), daemon=True).start()
     persister.work()
@@ -417,7 +488,7 @@ class Listener:
     def listen(self, persister: Persister) -> None:
         try:
             for message in self._messages():
-                if message["kind"] == "offer":
+                if message["kind"] in ("announce", "offer"):
                     folder = message["folder"]
                     persister.offer(
                         Offer(
@@ -427,6 +498,8 @@ class Listener:
                             began=message["began"],
                             hold_seconds=message["hold_seconds"],
                             folder=Path(folder) if folder else None,
+                            image_bytes=message["image_bytes"],
+                            is_copied=message["kind"] == "offer",
                         )
                     )
         finally:  # also when a message was not understood: the training then starts another process

@@ -22,6 +22,7 @@ lock = fcntl.flock if LINUX else fcntl.lockf
 
 PAGE_BYTES = 4096
 HEAD = struct.Struct("<QQQ")  # number of the snapshot (0: none), bytes of the image, bytes of the words
+COPIED = struct.Struct("<Q")  # after the head: how many of the image's first bytes are as they will stay
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # linux/mman.h
 
 
@@ -84,7 +85,7 @@ class Slot:
         if not self.closed:
             lock(self._lock, fcntl.LOCK_UN)
 
-    # -- what is in it; only for whoever has taken it -----------------------------------------------------------------
+    # -- what is in it; but for `copied_bytes` and what they are of, only for whoever has taken it -----------------------------------------------------------------
 
     @property
     def number(self) -> int:
@@ -93,6 +94,16 @@ class Slot:
 
     def clear(self) -> None:
         HEAD.pack_into(self._map, 0, 0, 0, 0)
+        self.copied_bytes = 0
+
+    @property
+    def copied_bytes(self) -> int:
+        """How far the image is copied from its beginning on; also for who reads it while it is being filled."""
+        return int(COPIED.unpack_from(self._map, HEAD.size)[0])
+
+    @copied_bytes.setter
+    def copied_bytes(self, count: int) -> None:
+        COPIED.pack_into(self._map, HEAD.size, count)
 
     def image(self, size_bytes: int | None = None) -> memoryview:
         size = HEAD.unpack_from(self._map)[1] if size_bytes is None else size_bytes

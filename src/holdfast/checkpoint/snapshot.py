@@ -16,6 +16,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Pair:
 
     view: Any
     source: Any
+    start: int
+    """Its place in the image."""
     storage: int
     """Address of the memory that it is, or is a view of."""
     version: int
@@ -60,8 +63,8 @@ class Pair:
     """It is copied, and an optimizer may change it."""
 
     @classmethod
-    def of(cls, view: Any, source: Any) -> Pair:
-        return cls(view, source, source.untyped_storage().data_ptr(), source._version)
+    def of(cls, view: Any, source: Any, start: int) -> Pair:
+        return cls(view, source, start, source.untyped_storage().data_ptr(), source._version)
 
     @property
     def on_cpu(self) -> bool:
@@ -90,6 +93,7 @@ class Snapshot:
     slot: Slot
     step: int
     began: float
+    image_bytes: int
     folder: Path | None = None
     """A copy of the user's files that belongs to it; the persist process deletes it."""
     complete: bool = False
@@ -113,9 +117,12 @@ class Snapshots:
         offer: Callable[[Snapshot], None],
         renew: Callable[[list[Slot]], None],
         slots: int = 2,
+        announce: Callable[[Snapshot], None] = lambda snapshot: None,
     ) -> None:
-        """`renew` is told of new slots, which take the place of all earlier ones."""
-        self._state, self._offer, self._renew = state, offer, renew
+        """`renew` is told of new slots, which take the place of all earlier ones; `announce` of a snapshot whose image may be
+        read while it is being copied, as far as the slot's `copied_bytes` say.
+        """
+        self._state, self._offer, self._renew, self._announce = state, offer, renew, announce
         self._slot_count = slots
         self._slots: list[Slot] = []
         self._numbers: dict[int, int] = {}
@@ -191,7 +198,8 @@ class Snapshots:
             return None
         slot = self._slots[index]
         slot.clear()
-        snapshot = Snapshot(self._next_number, slot, step, began, folder, held_from=began)
+        image_bytes = self._image.size_bytes if self._image else 0
+        snapshot = Snapshot(self._next_number, slot, step, began, image_bytes, folder, held_from=began)
         self._numbers[index] = self._next_number
         self._next_number += 1
         if self._image:
@@ -300,7 +308,7 @@ class Snapshots:
         if snapshot.held_from is not None:
             snapshot.hold_seconds += time.monotonic() - snapshot.held_from
         if not snapshot.failed:
-            snapshot.slot.complete(snapshot.number, self._image.size_bytes if self._image else 0, self._words)
+            snapshot.slot.complete(snapshot.number, snapshot.image_bytes, self._words)
         snapshot.slot.give_back()
         snapshot.complete = True
         if not snapshot.failed:
@@ -383,7 +391,7 @@ class Snapshots:
     # -- copying ------------------------------------------------------------------------------------------------------
 
     def _copy(self, index: int, leaves: Mapping[str, Leaf], snapshot: Snapshot) -> None:
-        views = self._views[index]
+        views, places = self._views[index], self._image.places if self._image else {}
         has_gradient = self._may_wait() if self._overlap else {}
         now, soon, later = [], [], []
         for name, leaf in leaves.items():
@@ -392,8 +400,8 @@ class Snapshots:
             if source.nbytes < SMALL_BYTES or address not in has_gradient:
                 now.append((views[name], source))
             else:  # what has a gradient from the last step, the next one most likely changes
-                (soon if has_gradient[address] else later).append(Pair.of(views[name], source))
-        late = soon + later
+                (soon if has_gradient[address] else later).append(Pair.of(views[name], source, places[name].start))
+        late = [pair for some in (soon, later) for pair in sorted(some, key=lambda pair: pair.start)]
         for pair in late:
             pair.sample = _sample(pair.source)
         self._current, self._late, self._urgent = snapshot, late, []
@@ -401,9 +409,13 @@ class Snapshots:
         _synchronize(source for _, source in now)
         self._events = events = _copy_on_streams(late)
 
+        is_announced = bool(late) and self._proven and not events
+        if is_announced:
+            self._announce(snapshot)
+
         def copy() -> None:
             try:
-                self._copy_in_turns([pair for pair in late if pair.on_cpu])
+                self._copy_in_turns([pair for pair in late if pair.on_cpu], snapshot if is_announced else None)
                 for _, event in events:
                     event.synchronize()
                 snapshot.copy_seconds = time.monotonic() - snapshot.began
@@ -422,9 +434,10 @@ class Snapshots:
         else:
             copy()
 
-    def _copy_in_turns(self, pairs: list[Pair]) -> None:
-        """In their order, but first what an optimizer waits for."""
+    def _copy_in_turns(self, pairs: list[Pair], announced: Snapshot | None) -> None:
+        """In their order, but first what an optimizer waits for. How far `announced` is copied, its slot tells."""
         left = iter(pairs)
+        in_image = deque(sorted(pairs, key=lambda pair: pair.start))
         while True:
             with self._progress:
                 turn = [pair for pair in self._urgent if not pair.copied]  # what is copied may have changed since
@@ -438,6 +451,10 @@ class Snapshots:
                 for pair in turn:
                     pair.copied = True
                 self._progress.notify_all()
+            while in_image and in_image[0].copied:
+                in_image.popleft()
+            if announced:
+                announced.slot.copied_bytes = in_image[0].start if in_image else announced.image_bytes
 
     def _may_wait(self) -> dict[int, bool]:
         """Addresses of what only an optimizer's step changes; has it a gradient just now?"""

@@ -1,0 +1,236 @@
+"""A snapshot that is written while it is being copied: it becomes durable when it is whole, and else leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.checkpoint.commits import PIECE_BYTES, STATE, CheckpointId, Checkpoints
+from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
+from holdfast.checkpoint.policy import CheckpointPolicy
+from holdfast.checkpoint.reporting import Reporter, Surroundings
+from holdfast.checkpoint.slots import Slot
+from holdfast.storage import DirectoryStore, ObjectStore
+from tests.unit.failing_store import FailingStore, unreachable
+
+IMAGE_BYTES = 2 * PIECE_BYTES + 5000
+LONG = 20.0
+
+
+class Trainer:
+    """Fills two slots by hand, as the training process does, beside a persister that reads along."""
+
+    def __init__(self, store: ObjectStore, telemetry: Path) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.telemetry = telemetry
+        around = Surroundings(
+            store_url="",
+            run_id="run",
+            attempt=1,
+            policy=CheckpointPolicy(),
+            telemetry=telemetry,
+            notice=None,
+            console=None,
+        )
+        self.slots = [Slot.make(IMAGE_BYTES, 4096) for _ in range(2)]
+        self.theirs = [Slot(os.dup(slot.fileno()), slot.capacity_bytes) for slot in self.slots]
+        self.persister = Persister(
+            store=store,
+            run_id="run",
+            attempt=1,
+            orders=Orders(Ranks(), 3, "off", 600.0),
+            reporter=Reporter(around),
+            speed=1.0,
+            tell=self.told.append,
+            reads_along=True,
+        )
+        self.thread = threading.Thread(target=self.persister.work, daemon=True)
+        self.thread.start()
+
+    def begin(self, number: int, place: int = 0) -> bytes:
+        """The header of a snapshot is there, and it is announced. What its image is going to be."""
+        slot = self.slots[place]
+        assert slot.take()
+        slot.clear()
+        self.persister.offer(self._offer(number, place, is_copied=False))
+        return bytes([number]) * IMAGE_BYTES
+
+    def copy(self, content: bytes, start: int, stop: int, place: int = 0) -> None:
+        self.slots[place].image(IMAGE_BYTES)[start:stop] = content[start:stop]
+        self.slots[place].copied_bytes = stop
+
+    def complete(self, number: int, place: int = 0) -> None:
+        words = {"step": number, "tree": {}}
+        self.slots[place].complete(number, IMAGE_BYTES, json.dumps(words).encode())
+        self.slots[place].give_back()
+
+    def offer(self, number: int, place: int = 0) -> None:
+        self.persister.offer(self._offer(number, place, is_copied=True))
+
+    def end(self) -> None:
+        self.persister.orphan()
+        self.thread.join(LONG)
+        assert not self.thread.is_alive()
+        for slot in [*self.slots, *self.theirs]:
+            slot.close()
+
+    def kinds(self) -> list[tuple[str, int]]:
+        return [(message["kind"], message["number"]) for message in self.told]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        records = [json.loads(line) for line in self.telemetry.read_text().splitlines()]
+        return [record for record in records if record["kind"] == kind]
+
+    def _offer(self, number: int, place: int, is_copied: bool) -> Offer:
+        hold_seconds = 0.25 if is_copied else 0.0
+        return Offer(
+            number,
+            self.theirs[place],
+            step=number,
+            began=time.monotonic(),
+            hold_seconds=hold_seconds,
+            image_bytes=IMAGE_BYTES,
+            is_copied=is_copied,
+        )
+
+
+def until(what: Callable[[], bool], why: str) -> None:
+    give_up_at = time.monotonic() + LONG
+    while not what():
+        assert time.monotonic() < give_up_at, why
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store")
+
+
+@pytest.fixture
+def trainers(tmp_path: Path) -> Iterator[Callable[[ObjectStore], Trainer]]:
+    made: list[Trainer] = []
+
+    def make(store: ObjectStore) -> Trainer:
+        made.append(Trainer(store, tmp_path / "telemetry"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        for slot in one.slots:
+            slot.give_back()
+        one.end()
+
+
+def staged_bytes(store: DirectoryStore) -> int:
+    """How much of an object is written that nobody can see yet."""
+    return sum(path.stat().st_size for path in store.root.rglob("*.staged*") if path.is_file())
+
+
+def image_of(store: ObjectStore, step: int) -> bytes:
+    checkpoints, checkpoint = Checkpoints(store, "run"), CheckpointId(1, step)
+    return checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), STATE)
+
+
+def test_it_is_on_its_way_before_it_is_whole_and_durable_when_it_is(store: DirectoryStore, trainers: Any) -> None:
+    trainer = trainers(store)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, PIECE_BYTES + 1000)
+    until(lambda: staged_bytes(store) == PIECE_BYTES, "the first piece was not written")
+    time.sleep(0.05)
+    assert staged_bytes(store) == PIECE_BYTES, "a piece was written that is not copied"
+    assert trainer.told == []
+    trainer.copy(content, PIECE_BYTES + 1000, IMAGE_BYTES)
+    time.sleep(0.05)
+    assert Checkpoints(store, "run").committed() == [], "it was committed while its slot was still being filled"
+    trainer.complete(1)
+    trainer.offer(1)
+    until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
+    assert trainer.kinds() == [("begun", 1), ("committed", 1)]
+    assert image_of(store, 1) == content
+    assert trainer.events("committed")[0]["wall_stall_seconds"] == 0.25
+    assert trainer.slots[0].take()
+
+
+def test_one_that_comes_to_nothing_leaves_nothing_and_is_no_failure_of_the_store(
+    store: DirectoryStore, trainers: Any
+) -> None:
+    trainer = trainers(store)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    until(lambda: staged_bytes(store) > 0, "nothing was written")
+    trainer.slots[0].give_back()  # as after a torn copy, and as the kernel does when the training is killed
+    until(lambda: staged_bytes(store) == 0, "what was written of it was left")
+    content = trainer.begin(2, place=1)
+    trainer.copy(content, 0, IMAGE_BYTES, place=1)
+    trainer.complete(2, place=1)
+    trainer.offer(2, place=1)
+    until(lambda: ("committed", 2) in trainer.kinds(), "the next was not committed")
+    assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
+    assert image_of(store, 2) == content
+    assert trainer.events("commit-failed") == []
+    assert all("0001-000000000002" in info.key for info in store.list(""))
+
+
+def test_a_slot_that_is_filled_anew_before_it_could_be_locked_is_given_up(store: DirectoryStore, trainers: Any) -> None:
+    trainer = trainers(store)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, PIECE_BYTES)
+    until(lambda: staged_bytes(store) > 0, "nothing was written")
+    slot = trainer.slots[0]
+    slot.complete(1, IMAGE_BYTES, b"{}")  # and at once, with the lock in its hands, the training goes on to the next
+    slot.clear()
+    trainer.persister.offer(trainer._offer(2, 0, is_copied=False))
+    content = bytes([2]) * IMAGE_BYTES
+    trainer.copy(content, 0, IMAGE_BYTES)
+    trainer.complete(2)
+    trainer.offer(2)
+    until(lambda: ("committed", 2) in trainer.kinds(), "the next was not committed")
+    assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
+    assert image_of(store, 2) == content
+
+
+def test_what_the_training_completed_before_it_died_is_committed_though_nobody_offered_it(
+    store: DirectoryStore, trainers: Any
+) -> None:
+    trainer = trainers(store)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    until(lambda: staged_bytes(store) > 0, "nothing was written")
+    trainer.complete(1)
+    trainer.persister.orphan()
+    trainer.thread.join(LONG)
+    assert image_of(store, 1) == content
+
+
+def test_one_that_is_announced_takes_no_whole_one_s_place(store: DirectoryStore, trainers: Any) -> None:
+    trainer = trainers(store)
+    trainer.begin(1)  # holds the persister up
+    until(lambda: trainer.persister._waiting is None, "it was not taken up")
+    second = trainer.begin(2, place=1)
+    trainer.copy(second, 0, IMAGE_BYTES, place=1)
+    trainer.complete(2, place=1)
+    trainer.offer(2, place=1)
+    trainer.persister.offer(trainer._offer(3, 1, is_copied=False))
+    trainer.slots[0].give_back()
+    until(lambda: ("committed", 2) in trainer.kinds(), "the one that waited was lost")
+    assert image_of(store, 2) == second
+
+
+def test_after_a_failure_of_the_store_it_is_written_again_from_its_slot(store: DirectoryStore, trainers: Any) -> None:
+    failing = FailingStore(store, at=[3], fail=unreachable, half=True)  # the two before ask for later attempts
+    trainer = trainers(failing)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
+    assert failing.calls[2][1].endswith(STATE)
+    trainer.complete(1)
+    trainer.offer(1)
+    until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
+    assert image_of(store, 1) == content

@@ -58,7 +58,7 @@ class Trainer:
         """The header of a snapshot is there, and it is announced. What its image is going to be."""
         slot = self.slots[place]
         assert slot.take()
-        slot.clear()
+        slot.begin(IMAGE_BYTES, json.dumps({"step": number, "tree": {}}).encode())
         self.persister.offer(self._offer(number, place, is_copied=False))
         return bytes([number]) * IMAGE_BYTES
 
@@ -67,8 +67,7 @@ class Trainer:
         self.slots[place].copied_bytes = stop
 
     def complete(self, number: int, place: int = 0) -> None:
-        words = {"step": number, "tree": {}}
-        self.slots[place].complete(number, IMAGE_BYTES, json.dumps(words).encode())
+        self.slots[place].complete(number)
         self.slots[place].give_back()
 
     def offer(self, number: int, place: int = 0) -> None:
@@ -96,7 +95,6 @@ class Trainer:
             step=number,
             began=time.monotonic(),
             hold_seconds=hold_seconds,
-            image_bytes=IMAGE_BYTES,
             is_copied=is_copied,
         )
 
@@ -184,8 +182,8 @@ def test_a_slot_that_is_filled_anew_before_it_could_be_locked_is_given_up(store:
     trainer.copy(content, 0, PIECE_BYTES)
     until(lambda: staged_bytes(store) > 0, "nothing was written")
     slot = trainer.slots[0]
-    slot.complete(1, IMAGE_BYTES, b"{}")  # and at once, with the lock in its hands, the training goes on to the next
-    slot.clear()
+    slot.complete(1)  # and at once, with the lock in its hands, the training goes on to the next
+    slot.begin(IMAGE_BYTES, json.dumps({"step": 2, "tree": {}}).encode())
     trainer.persister.offer(trainer._offer(2, 0, is_copied=False))
     content = bytes([2]) * IMAGE_BYTES
     trainer.copy(content, 0, IMAGE_BYTES)

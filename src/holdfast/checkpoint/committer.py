@@ -214,7 +214,6 @@ class Committer:
                 "slot": next(index for index, slot in enumerate(self._slots) if slot is snapshot.slot),
                 "step": snapshot.step,
                 "began": snapshot.began,
-                "image_bytes": snapshot.image_bytes,
                 "hold_seconds": snapshot.hold_seconds,
                 "folder": str(snapshot.folder or ""),
             }

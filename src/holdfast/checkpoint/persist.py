@@ -74,7 +74,6 @@ class Offer:
     """time.monotonic() when the snapshot was begun: one clock for all processes of a machine."""
     hold_seconds: float
     folder: Path | None = None
-    image_bytes: int = 0
     is_copied: bool = True
     """False: it was announced; what is copied already may be written, and when all of it is, it is offered as well."""
     is_ours: bool = False
@@ -242,17 +241,14 @@ class Persister:
             self.tell({"kind": "fenced"})
             return
         checkpoint = CheckpointId(self.attempt, offer.step)
-        objects: dict[str, Any] = {}
         if offer.is_ours:
             self._begin_commit(offer)
-        else:
-            image = offer.slot.image(offer.image_bytes)
-            objects |= self._write_image(checkpoint, image, lambda stop: self._wait_for_copy(offer, stop))
-            with self._changed:
-                self._changed.wait_for(lambda: offer.is_copied or self._orphaned_at is not None, OFFER_SECONDS)
+        objects = self._write_image(checkpoint, offer)
+        with self._changed:
+            self._changed.wait_for(lambda: offer.is_copied or self._orphaned_at is not None, OFFER_SECONDS)
         words = json.loads(offer.slot.words())
         self._write_metrics(checkpoint, words.pop("metrics", []))
-        objects |= self._write_objects(checkpoint, offer, words.pop("tree"), objects)
+        objects |= self._write_tree(checkpoint, offer, words.pop("tree"))
         facts = {
             "number": offer.number,
             "step": offer.step,
@@ -287,9 +283,9 @@ class Persister:
         self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": offer.commit_began})
         self._phase("commit", offer.step)
 
-    def _wait_for_copy(self, offer: Offer, stop: int) -> None:
-        """Until the bytes below `stop` are copied; before the last of all, until the slot is ours with the whole snapshot in
-        it. Raises _GivenUpError when that can't come any more.
+    def _wait_for_copy(self, offer: Offer, stop: int, image_bytes: int) -> None:
+        """Until the image's bytes below `stop` are copied; before the last of them, until the slot is ours with the whole
+        snapshot in it. Raises _GivenUpError when that can't come any more.
         """
         while not offer.is_ours:
             if offer.slot.closed or offer.slot.take():  # whoever filled it has finished, or is dead
@@ -297,7 +293,7 @@ class Persister:
                 if offer.slot.number != offer.number:
                     raise _GivenUpError
                 self._begin_commit(offer)
-            elif stop < offer.image_bytes and offer.slot.copied_bytes >= stop:
+            elif stop < image_bytes and offer.slot.copied_bytes >= stop:
                 return
             else:
                 time.sleep(LOOK_SECONDS)
@@ -319,9 +315,16 @@ class Persister:
         names = [rank_name(rank, ranks.token) for rank in range(ranks.world_size)]
         return [{"tree": f"{name}.json", "state": f"{name}.safetensors"} for name in names]
 
-    def _write_image(
-        self, checkpoint: CheckpointId, image: memoryview, wait_for: Callable[[int], None] = lambda stop: None
-    ) -> dict[str, Any]:
+    def _write_image(self, checkpoint: CheckpointId, offer: Offer) -> dict[str, Any]:
+        """The slot is ours when it is written."""
+        image = offer.slot.image()
+
+        def wait_for(stop: int) -> None:
+            self._wait_for_copy(offer, stop, len(image))
+
+        if not len(image):
+            wait_for(0)
+            return {}
         name = self._rank_objects()[self.orders.ranks.rank]["state"]
         compressed = self._compression_pays(image, wait_for)
         began = time.monotonic()
@@ -329,15 +332,11 @@ class Persister:
         self._link_bytes_per_second = written["size_bytes"] / max(1e-6, time.monotonic() - began)
         return {name: written}
 
-    def _write_objects(
-        self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any], written: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _write_tree(self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any]) -> dict[str, Any]:
         ranks = self.orders.ranks
-        names = self._rank_objects()[ranks.rank]
+        name = self._rank_objects()[ranks.rank]["tree"]
         text = json.dumps(tree, separators=(",", ":")).encode()
-        objects = {names["tree"]: self._checkpoints.write(checkpoint, names["tree"], [text])}
-        if names["state"] not in written and len(image := offer.slot.image()):
-            objects |= self._write_image(checkpoint, image)
+        objects = {name: self._checkpoints.write(checkpoint, name, [text])}
         if offer.folder and ranks.publishes:
             for name, path in plain_files(offer.folder):
                 objects[FILES + name] = self._checkpoints.write(checkpoint, FILES + name, file_pieces(path))
@@ -498,7 +497,6 @@ class Listener:
                             began=message["began"],
                             hold_seconds=message["hold_seconds"],
                             folder=Path(folder) if folder else None,
-                            image_bytes=message["image_bytes"],
                             is_copied=message["kind"] == "offer",
                         )
                     )

@@ -85,7 +85,7 @@ class Slot:
         if not self.closed:
             lock(self._lock, fcntl.LOCK_UN)
 
-    # -- what is in it; but for `copied_bytes` and what they are of, only for whoever has taken it -----------------------------------------------------------------
+    # -- what is in it; only for whoever has taken it, or reads along up to `copied_bytes` -----------------------------------------------------------------
 
     @property
     def number(self) -> int:
@@ -95,6 +95,13 @@ class Slot:
     def clear(self) -> None:
         HEAD.pack_into(self._map, 0, 0, 0, 0)
         self.copied_bytes = 0
+
+    def begin(self, image_bytes: int, words: bytes) -> None:
+        """From here on the image is being filled; until it is complete there is no snapshot here."""
+        self.clear()
+        start = PAGE_BYTES + _pages(image_bytes)
+        self._map[start : start + len(words)] = words
+        HEAD.pack_into(self._map, 0, 0, image_bytes, len(words))
 
     @property
     def copied_bytes(self) -> int:
@@ -114,12 +121,9 @@ class Slot:
         start = PAGE_BYTES + _pages(image_bytes)
         return bytes(self.memory[start : start + words_bytes])
 
-    def complete(self, number: int, image_bytes: int, words: bytes) -> None:
-        """The image is whole. Its number comes last: until then there is no snapshot here."""
-        start = PAGE_BYTES + _pages(image_bytes)
-        self._map[start : start + len(words)] = words
-        HEAD.pack_into(self._map, 0, 0, image_bytes, len(words))
-        HEAD.pack_into(self._map, 0, number, image_bytes, len(words))
+    def complete(self, number: int) -> None:
+        """The image is whole."""
+        HEAD.pack_into(self._map, 0, number, *HEAD.unpack_from(self._map)[1:])
 
     def close(self) -> None:
         """Views of its memory that are still in use keep it mapped."""

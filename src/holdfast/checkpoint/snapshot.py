@@ -144,7 +144,6 @@ class Snapshots:
         """Of the first overlapped copy, until the end of the next step in which an optimizer comes."""
         self._optimizer_came = False
         self._progress = threading.Condition()
-        self._words = b""
         self._events: list[tuple[Any, Any]] = []
         """(device, event at the end of its copies)"""
         self.failure: Exception | None = None
@@ -192,16 +191,16 @@ class Snapshots:
         began = time.monotonic()
         collected = self._state.collect()
         everything = {**words, "step": step, "tree": {**collected.tree, "shards": collected.shards()}}
-        self._words = json.dumps(everything, separators=(",", ":")).encode()
-        self._make_room({name: leaf.spec for name, leaf in collected.leaves.items()}, len(self._words))
+        text = json.dumps(everything, separators=(",", ":")).encode()
+        self._make_room({name: leaf.spec for name, leaf in collected.leaves.items()}, len(text))
         if (index := self._free_slot(wait)) is None:
             return None
         slot = self._slots[index]
-        slot.clear()
         image_bytes = self._image.size_bytes if self._image else 0
         snapshot = Snapshot(self._next_number, slot, step, began, image_bytes, folder, held_from=began)
         self._numbers[index] = self._next_number
         self._next_number += 1
+        slot.begin(image_bytes, text)
         if self._image:
             slot.image(len(self._image.header))[:] = self._image.header
         try:
@@ -308,7 +307,7 @@ class Snapshots:
         if snapshot.held_from is not None:
             snapshot.hold_seconds += time.monotonic() - snapshot.held_from
         if not snapshot.failed:
-            snapshot.slot.complete(snapshot.number, snapshot.image_bytes, self._words)
+            snapshot.slot.complete(snapshot.number)
         snapshot.slot.give_back()
         snapshot.complete = True
         if not snapshot.failed:

@@ -17,7 +17,8 @@ from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
-from holdfast.storage import DirectoryStore, ObjectStore
+from holdfast.storage import DirectoryStore, ObjectStore, open_store
+from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
 from tests.unit.failing_store import FailingStore, unreachable
 
 IMAGE_BYTES = 2 * PIECE_BYTES + 5000
@@ -174,6 +175,26 @@ def test_one_that_comes_to_nothing_leaves_nothing_and_is_no_failure_of_the_store
     assert image_of(store, 2) == content
     assert trainer.events("commit-failed") == []
     assert all("0001-000000000002" in info.key for info in store.list(""))
+
+
+def test_an_upload_that_comes_to_nothing_leaves_no_part_in_the_bucket(trainers: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    with S3Emulator("announced") as s3:
+        store = open_store(s3.url("announced"))
+        trainer = trainers(store)
+        content = trainer.begin(1)
+        trainer.copy(content, 0, 2 * PIECE_BYTES)
+        until(lambda: s3.unfinished_uploads("announced") == 1, "no upload was begun")
+        trainer.slots[0].give_back()
+        until(lambda: s3.unfinished_uploads("announced") == 0, "its parts were left")
+        content = trainer.begin(2, place=1)
+        trainer.copy(content, 0, IMAGE_BYTES, place=1)
+        trainer.complete(2, place=1)
+        trainer.offer(2, place=1)
+        until(lambda: ("committed", 2) in trainer.kinds(), "the next was not committed")
+        assert image_of(store, 2) == content
+        assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
 
 
 def test_a_slot_that_is_filled_anew_before_it_could_be_locked_is_given_up(store: DirectoryStore, trainers: Any) -> None:

@@ -22,18 +22,19 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.support import s3_clients
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.reader import read_metrics, tensor_digest
 from holdfast.errors import DamagedCheckpointError, NotFoundError
 from holdfast.runtime.contract import PERSISTING_LOCK
 from holdfast.storage import DirectoryStore, ObjectStore, open_store
-from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
 from tests.programs.saves import EVERY, train
 
 KILLS = int(os.environ.get("HOLDFAST_TEST_KILLS", "45"))
 SEED = int(os.environ.get("HOLDFAST_TEST_SEED", "1"))
 KEEP, ENDLESS = 3, 10**9
 LOOK_SECONDS = 0.0005
+AWS_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["pytest", "tests.programs.saves"])
@@ -42,7 +43,9 @@ fork_server.set_forkserver_preload(["pytest", "tests.programs.saves"])
 class Attempt:
     """One life of the training, with what it and its persist process told."""
 
-    def __init__(self, folder: Path, store: ObjectStore, run_id: str, number: int, steps: int = ENDLESS) -> None:
+    def __init__(
+        self, folder: Path, store: ObjectStore, run_id: str, number: int, width: int, steps: int = ENDLESS
+    ) -> None:
         self.number, self.folder = number, folder / f"{run_id}-{number}"
         self.folder.mkdir()
         (self.folder / "console").touch()
@@ -56,8 +59,8 @@ class Attempt:
         }
         self.enough = folder / f"{run_id}-is-enough"
         environment = {f"HOLDFAST_{name}": value for name, value in surroundings.items()}
-        environment |= {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-        self.process = fork_server.Process(target=train, args=(steps, environment, self.enough))
+        environment |= AWS_KEYS
+        self.process = fork_server.Process(target=train, args=(steps, environment, self.enough, width))
         self.process.start()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -150,24 +153,24 @@ def kill_at_a_random_instant(attempt: Attempt, whom: str, save_seconds: float, d
 
 
 def test_kills_at_random_instants_of_a_save_damage_nothing_and_lose_nothing_reported(tmp_path: Path) -> None:
-    kill_and_look(tmp_path, DirectoryStore(tmp_path / "store"), KILLS)
+    kill_and_look(tmp_path, DirectoryStore(tmp_path / "store"), KILLS, 1000)
 
 
 def test_nor_do_they_where_snapshots_are_written_while_they_are_copied(tmp_path: Path, aws_keys: None) -> None:
-    with S3Emulator("killed-saves") as s3:
-        kill_and_look(tmp_path, open_store(s3.url("killed-saves")), KILLS // 3)
+    with s3_clients.server() as endpoint:  # a quick one: what is copied is written at once
+        kill_and_look(tmp_path, open_store(f"s3://{s3_clients.BUCKET}/saves?endpoint={endpoint}"), KILLS // 3, 2000)
 
 
 @pytest.fixture
 def aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    for name, value in AWS_KEYS.items():
+        monkeypatch.setenv(name, value)
 
 
-def kill_and_look(folder: Path, store: ObjectStore, kills: int) -> None:
+def kill_and_look(folder: Path, store: ObjectStore, kills: int, width: int) -> None:
     draw = random.Random(SEED)
     watch, killed, in_phase = Watch(store), Counter(), Counter()
-    attempt, began = Attempt(folder, store, "killed", 1), time.monotonic()
+    attempt, began = Attempt(folder, store, "killed", 1, width), time.monotonic()
     save_seconds = [0.3]
     for _ in range(kills):
         whom = draw.choice(["trainer", "persist", "both"])
@@ -186,7 +189,7 @@ def kill_and_look(folder: Path, store: ObjectStore, kills: int) -> None:
         attempt.wait_for_the_last_commit()
         watch.look(attempt)
         newest = Checkpoints(store, "killed").committed()[-1:]
-        attempt = Attempt(folder, store, "killed", attempt.number + 1)
+        attempt = Attempt(folder, store, "killed", attempt.number + 1, width)
         while not (resumed := attempt.events("resumed")):
             time.sleep(0.005)
         assert resumed[0]["checkpoint"] == (str(newest[0]) if newest else "")
@@ -197,7 +200,7 @@ def kill_and_look(folder: Path, store: ObjectStore, kills: int) -> None:
     watch.look(attempt)
     assert attempt.process.exitcode == 0
     seconds, steps = time.monotonic() - began, Checkpoints(store, "killed").committed()[-1].step
-    steady = Attempt(folder, store, "steady", 1, steps)
+    steady = Attempt(folder, store, "steady", 1, width, steps)
     steady.process.join()
     assert steady.process.exitcode == 0
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -129,7 +130,11 @@ def trainers(tmp_path: Path) -> Iterator[Callable[[ObjectStore], Trainer]]:
 
 def staged_bytes(store: DirectoryStore) -> int:
     """How much of an object is written that nobody can see yet."""
-    return sum(path.stat().st_size for path in store.root.rglob("*.staged*") if path.is_file())
+    sizes = []
+    for path in store.root.rglob("*.staged"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 def image_of(store: ObjectStore, step: int) -> bytes:
@@ -240,6 +245,76 @@ def test_one_that_is_announced_takes_no_whole_one_s_place(store: DirectoryStore,
     trainer.slots[0].give_back()
     until(lambda: ("committed", 2) in trainer.kinds(), "the one that waited was lost")
     assert image_of(store, 2) == second
+
+
+class SlowStore(FailingStore):
+    """Takes one piece of a large object, and asks for the next when it may."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        super().__init__(store)
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def put(self, key: str, data: Any) -> None:
+        def pieces() -> Iterator[Any]:
+            for piece in data:
+                yield piece
+                self.has_begun.set()
+                assert self.may_go_on.wait(LONG)
+
+        super().put(key, pieces() if key.endswith(STATE) else data)
+
+
+@pytest.fixture
+def slow(store: DirectoryStore) -> Iterator[SlowStore]:
+    made = SlowStore(store)
+    yield made
+    made.may_go_on.set()
+
+
+def test_its_slot_is_kept_from_the_training_while_the_store_is_slow(slow: SlowStore, trainers: Any) -> None:
+    trainer = trainers(slow)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    assert slow.has_begun.wait(LONG)
+    trainer.complete(1)
+    trainer.offer(1)
+    assert trainer.kinds() == [("begun", 1)]
+    assert not trainer.slots[0].take()
+    slow.may_go_on.set()
+    until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
+    assert image_of(slow, 1) == content
+
+
+def test_slots_that_are_renewed_meanwhile_are_kept_until_what_is_in_them_is_durable(
+    slow: SlowStore, trainers: Any
+) -> None:
+    trainer = trainers(slow)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    assert slow.has_begun.wait(LONG)
+    trainer.complete(1)
+    trainer.offer(1)
+    trainer.persister.retire(trainer.theirs)
+    assert [slot.closed for slot in trainer.theirs] == [False, True]
+    slow.may_go_on.set()
+    until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
+    assert image_of(slow, 1) == content
+    until(lambda: trainer.theirs[0].closed, "its slot was not closed")
+    assert trainer.thread.is_alive()
+
+
+def test_one_that_is_tried_again_gives_way_to_none_that_is_only_announced(store: DirectoryStore, trainers: Any) -> None:
+    trainer = trainers(FailingStore(store, at=[3], fail=unreachable))
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    trainer.complete(1)
+    trainer.offer(1)
+    trainer.begin(2, place=1)
+    until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
+    trainer.slots[1].give_back()  # the training dies in the copy
+    trainer.persister.orphan()
+    trainer.thread.join(LONG)
+    assert image_of(store, 1) == content
 
 
 def test_after_a_failure_of_the_store_it_is_written_again_from_its_slot(store: DirectoryStore, trainers: Any) -> None:

@@ -30,7 +30,7 @@ from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
 from holdfast.errors import AlreadyExistsError, HoldfastError, TransientError
 from holdfast.runtime.contract import metrics_prefix
-from holdfast.storage import ObjectStore, open_store
+from holdfast.storage import DirectoryStore, ObjectStore, open_store
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,9 @@ class Offer:
     is_ours: bool = False
     """We have its slot."""
     commit_began: float = 0.0
+    """time.monotonic() when its writing was begun: of an announced one that is before its copy ends. A plan for a notice's
+    seconds then counts on more than such a save takes after its copy, and one that waits behind another does take it.
+    """
 
 
 class _GivenUpError(Exception):
@@ -116,6 +119,8 @@ class Persister:
     _images_since_gain: int = 0
     _waiting: Offer | None = None
     _in_work: Offer | None = None
+    """Or the one that was, for as long as there is no other."""
+    _works: bool = False
     _orphaned_at: float | None = None
     _unconfirmed: list[tuple[CheckpointId, float, dict[str, Any]]] = field(default_factory=list)
 
@@ -133,11 +138,22 @@ class Persister:
         with self._changed:
             if self._in_work and self._in_work.number == offer.number:  # it was announced
                 self._in_work.hold_seconds, self._in_work.is_copied = offer.hold_seconds, True
+                if self._works:  # before the training wants its slot for another, however slowly this one is written
+                    self._take_over(self._in_work)
             elif offer.is_copied or self._waiting is None:  # one that is not yet whole takes no whole one's place
                 dropped, self._waiting = self._waiting, offer
             self._changed.notify_all()
         if dropped and dropped.number != offer.number:
             _discard(dropped)
+
+    def retire(self, slots: list[Slot]) -> None:
+        """They are filled no more. Each is closed when nothing in it is still to become durable."""
+        with self._changed:
+            in_use = [one.slot for one in (self._waiting, self._in_work if self._works else None) if one]
+            for slot in slots:
+                slot.retired = True
+                if not any(slot is one for one in in_use):
+                    slot.close()
 
     def orphan(self) -> None:
         """The training process is gone: finish what there is, and end."""
@@ -154,7 +170,7 @@ class Persister:
             with self._changed:
                 self._changed.wait_for(self._has_work, 0.1 if self._unconfirmed else None)
                 offer, self._waiting = self._waiting, None
-                self._in_work = offer or self._in_work
+                self._in_work, self._works = offer or self._in_work, offer is not None
             if offer is None:
                 self._confirm()
                 if self._orphaned_at is not None and (not self._unconfirmed or self._out_of_time):
@@ -163,29 +179,35 @@ class Persister:
             if offer.slot.closed:
                 _discard(offer)
                 continue
-            if offer.is_copied:
-                offer.is_ours = offer.slot.take()
-                if not offer.is_ours:
-                    self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
-                    continue
+            if offer.is_copied and not self._take_over(offer):
+                self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
+                continue
             try:
-                is_there = not offer.is_ours or offer.slot.number == offer.number
-                failed = self._try(offer) if is_there else None
+                failed = self._try(offer)
             finally:
-                if offer.is_ours:
-                    offer.is_ours = False
-                    offer.slot.give_back()
-                if offer.slot.retired:
-                    offer.slot.close()
+                self._leave(offer)
             if failed is None:
                 pause = FIRST_PAUSE_SECONDS
                 _discard(offer)
+                with self._changed:
+                    self._works = False
+                    if offer.slot.retired:
+                        offer.slot.close()
                 continue
             self.tell({"kind": "failed", "number": offer.number, "step": offer.step, "error": failed})
             if self._out_of_time:
                 return
             self._again(offer, pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _take_over(self, offer: Offer) -> bool:
+        """Is its slot ours by now? Whoever filled it has finished then, or is dead."""
+        with self._changed:
+            if not offer.is_ours and offer.slot.take():
+                offer.is_ours = True
+                if offer.slot.number == offer.number:
+                    self._say_begun(offer)
+            return offer.is_ours
 
     def _has_work(self) -> bool:
         return self._waiting is not None or self._orphaned_at is not None
@@ -195,15 +217,23 @@ class Persister:
         return self._orphaned_at is not None and time.monotonic() - self._orphaned_at > ORPHAN_SECONDS
 
     def _again(self, offer: Offer, seconds: float) -> None:
-        """After a pause, unless a newer one comes meanwhile."""
+        """After a pause, unless a newer one comes meanwhile. One that is only announced gives way: its offer will follow."""
+
+        def is_newer() -> bool:
+            return self._waiting is not None and self._waiting.is_copied
+
         with self._changed:
-            self._in_work = None
-            if not self._changed.wait_for(lambda: self._waiting is not None, seconds):
+            if not self._changed.wait_for(is_newer, seconds):
                 self._waiting = offer
                 return
-            is_replaced = self._waiting is not None and self._waiting.number != offer.number
-        if is_replaced:
-            _discard(offer)
+            self._leave(offer)
+        _discard(offer)
+
+    def _leave(self, offer: Offer) -> None:
+        with self._changed:
+            if offer.is_ours:
+                offer.slot.give_back()
+                offer.is_ours = False
 
     def _try(self, offer: Offer) -> str | None:
         """Why the snapshot could not be made durable; None when it could."""
@@ -241,8 +271,7 @@ class Persister:
             self.tell({"kind": "fenced"})
             return
         checkpoint = CheckpointId(self.attempt, offer.step)
-        if offer.is_ours:
-            self._begin_commit(offer)
+        offer.commit_began = time.monotonic()
         objects = self._write_image(checkpoint, offer)
         with self._changed:
             self._changed.wait_for(lambda: offer.is_copied or self._orphaned_at is not None, OFFER_SECONDS)
@@ -277,26 +306,21 @@ class Persister:
         self._committed(checkpoint, facts)
         self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
 
-    def _begin_commit(self, offer: Offer) -> None:
+    def _say_begun(self, offer: Offer) -> None:
         """Its copy is whole, and its slot is ours."""
-        offer.commit_began = time.monotonic()
-        self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": offer.commit_began})
+        self.tell({"kind": "begun", "number": offer.number, "step": offer.step, "began": time.monotonic()})
         self._phase("commit", offer.step)
 
     def _wait_for_copy(self, offer: Offer, stop: int, image_bytes: int) -> None:
         """Until the image's bytes below `stop` are copied; before the last of them, until the slot is ours with the whole
         snapshot in it. Raises _GivenUpError when that can't come any more.
         """
-        while not offer.is_ours:
-            if offer.slot.closed or offer.slot.take():  # whoever filled it has finished, or is dead
-                offer.is_ours = True
-                if offer.slot.number != offer.number:
-                    raise _GivenUpError
-                self._begin_commit(offer)
-            elif stop < image_bytes and offer.slot.copied_bytes >= stop:
+        while not self._take_over(offer):
+            if stop < image_bytes and offer.slot.copied_bytes >= stop:
                 return
-            else:
-                time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
+        if offer.slot.number != offer.number:
+            raise _GivenUpError
 
     def _check_other(self, checkpoint: CheckpointId) -> None:
         """This step of this attempt was committed before: by the process before this one, or by another program that
@@ -317,10 +341,13 @@ class Persister:
 
     def _write_image(self, checkpoint: CheckpointId, offer: Offer) -> dict[str, Any]:
         """The slot is ours when it is written."""
-        image = offer.slot.image()
+        image, waited = offer.slot.image(), 0.0
 
         def wait_for(stop: int) -> None:
+            nonlocal waited
+            from_then = time.monotonic()
             self._wait_for_copy(offer, stop, len(image))
+            waited += time.monotonic() - from_then
 
         if not len(image):
             wait_for(0)
@@ -329,7 +356,7 @@ class Persister:
         compressed = self._compression_pays(image, wait_for)
         began = time.monotonic()
         written = self._checkpoints.write_image(checkpoint, name, image, compressed, wait_for)
-        self._link_bytes_per_second = written["size_bytes"] / max(1e-6, time.monotonic() - began)
+        self._link_bytes_per_second = written["size_bytes"] / max(1e-6, time.monotonic() - began - waited)
         return {name: written}
 
     def _write_tree(self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -444,8 +471,9 @@ def main() -> int:
     orders = listener.orders()
     if orders is None:
         return 0
+    store = open_store(around.store_url)
     persister = Persister(
-        open_store(around.store_url),
+        store,
         around.run_id,
         around.attempt,
         orders,
@@ -454,7 +482,7 @@ def main() -> int:
         listener.tell,
         # What goes elsewhere is durable sooner by the time of the copy, and outlives the machine. A local disk does not,
         # and two processors that copy and write at once take more from a loop on two than they gain.
-        reads_along=not around.store_url.startswith("file:"),
+        reads_along=not isinstance(store, DirectoryStore),
     )
     threading.Thread(target=listener.listen, args=(persister,), daemon=True).start()
     persister.work()
@@ -465,6 +493,7 @@ class Listener:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._slots: list[Slot] = []
+        self._retire: Callable[[list[Slot]], None] = lambda slots: None
         self._rest, self._files = b"", []
         self._lock = threading.Lock()
 
@@ -485,6 +514,7 @@ class Listener:
         return None
 
     def listen(self, persister: Persister) -> None:
+        self._retire = persister.retire
         try:
             for message in self._messages():
                 if message["kind"] in ("announce", "offer"):
@@ -523,11 +553,7 @@ class Listener:
             self._rest += data
 
     def _renew(self, sizes: list[int]) -> None:
-        """An earlier slot is closed here, or by whoever is making its snapshot durable."""
-        for slot in self._slots:
-            slot.retired = True
-            if slot.take():
-                slot.close()
+        self._retire(self._slots)
         self._slots = [Slot(file, size) for file, size in zip(self._files, sizes, strict=True)]
         self._files = []
 

@@ -22,7 +22,7 @@ lock = fcntl.flock if LINUX else fcntl.lockf
 
 PAGE_BYTES = 4096
 HEAD = struct.Struct("<QQQ")  # number of the snapshot (0: none), bytes of the image, bytes of the words
-COPIED = struct.Struct("<Q")  # after the head: how many of the image's first bytes are as they will stay
+NUMBER = COPIED = struct.Struct("<Q")  # the first alone; and, after the head, how many bytes of the image are copied
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # linux/mman.h
 
 
@@ -122,11 +122,13 @@ class Slot:
         return bytes(self.memory[start : start + words_bytes])
 
     def complete(self, number: int) -> None:
-        """The image is whole."""
-        HEAD.pack_into(self._map, 0, number, *HEAD.unpack_from(self._map)[1:])
+        """The image is whole. The rest of the head is not written again: whoever reads along may be looking at it."""
+        NUMBER.pack_into(self._map, 0, number)
 
     def close(self) -> None:
         """Views of its memory that are still in use keep it mapped."""
+        if self.closed:
+            return
         self.closed = True
         with contextlib.suppress(BufferError):
             self.memory.release()

@@ -328,3 +328,19 @@ def test_after_a_failure_of_the_store_it_is_written_again_from_its_slot(store: D
     trainer.offer(1)
     until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
     assert image_of(store, 1) == content
+
+
+def test_what_is_committed_is_not_written_again_because_older_ones_could_not_be_removed(
+    store: DirectoryStore, trainers: Any
+) -> None:
+    failing = FailingStore(store, at=[6], fail=unreachable)
+    trainer = trainers(failing)
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    trainer.complete(1)
+    trainer.offer(1)
+    until(lambda: len(failing.calls) >= 6, "nothing was asked for after the manifest")
+    assert [verb for verb, _ in failing.calls[4:6]] == ["create", "list"]
+    time.sleep(1.0)
+    assert trainer.kinds() == [("begun", 1), ("committed", 1)]
+    assert image_of(store, 1) == content

@@ -52,7 +52,10 @@ def agent(tmp_path: Path, metadata: ThreadingHTTPServer, monkeypatch: pytest.Mon
     monkeypatch.setenv(contract.RUN, "together")
     monkeypatch.setenv(contract.ATTEMPT, "0")
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield GangAgent(tmp_path)
+    made = GangAgent(tmp_path)
+    yield made
+    for watcher in made.watchers:  # or the lease's would end the process of the tests, when it is over
+        watcher.stop()
     for number, handler in before.items():
         signal.signal(number, handler)
 

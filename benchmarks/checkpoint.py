@@ -52,7 +52,7 @@ CPU_PARAMETERS, CUDA_PARAMETERS = 100_000_000, 1_000_000_000
 BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments, four bytes each
 COPIES_ON_DISK, COPIES_IN_MEMORY = 10, 11
 LINK_BYTES_PER_SECOND = 1.25e9
-"10 Gbit/s, as cloud machines of a few cores have it; loopback has several times as much."
+"""10 Gbit/s, as cloud machines of a few cores have it; loopback has several times as much."""
 DCP_KINDS = ("threads", "process")
 QUICK_LOADS, QUICK_SECONDS = 3, 50.0
 """With --quick: after so many seconds, that many loads are enough, and one by DCP."""

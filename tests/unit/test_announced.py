@@ -68,6 +68,15 @@ class Trainer:
         self.slots[place].image(IMAGE_BYTES)[start:stop] = content[start:stop]
         self.slots[place].copied_bytes = stop
 
+    def save(self, number: int, place: int = 0, once_written: Callable[[], object] = lambda: None) -> bytes:
+        """All of it; `once_written` is called before it is complete."""
+        content = self.begin(number, place)
+        self.copy(content, 0, IMAGE_BYTES, place)
+        once_written()
+        self.complete(number, place)
+        self.offer(number, place)
+        return content
+
     def complete(self, number: int, place: int = 0) -> None:
         self.slots[place].complete(number)
         self.slots[place].give_back()
@@ -171,10 +180,7 @@ def test_one_that_comes_to_nothing_leaves_nothing_and_is_no_failure_of_the_store
     until(lambda: staged_bytes(store) > 0, "nothing was written")
     trainer.slots[0].give_back()  # as after a torn copy, and as the kernel does when the training is killed
     until(lambda: staged_bytes(store) == 0, "what was written of it was left")
-    content = trainer.begin(2, place=1)
-    trainer.copy(content, 0, IMAGE_BYTES, place=1)
-    trainer.complete(2, place=1)
-    trainer.offer(2, place=1)
+    content = trainer.save(2, place=1)
     until(lambda: ("committed", 2) in trainer.kinds(), "the next was not committed")
     assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
     assert image_of(store, 2) == content
@@ -193,10 +199,7 @@ def test_an_upload_that_comes_to_nothing_leaves_no_part_in_the_bucket(trainers: 
         until(lambda: s3.unfinished_uploads("announced") == 1, "no upload was begun")
         trainer.slots[0].give_back()
         until(lambda: s3.unfinished_uploads("announced") == 0, "its parts were left")
-        content = trainer.begin(2, place=1)
-        trainer.copy(content, 0, IMAGE_BYTES, place=1)
-        trainer.complete(2, place=1)
-        trainer.offer(2, place=1)
+        content = trainer.save(2, place=1)
         until(lambda: ("committed", 2) in trainer.kinds(), "the next was not committed")
         assert image_of(store, 2) == content
         assert Checkpoints(store, "run").committed() == [CheckpointId(1, 2)]
@@ -237,10 +240,7 @@ def test_one_that_is_announced_takes_no_whole_one_s_place(store: DirectoryStore,
     trainer = trainers(store)
     trainer.begin(1)  # holds the persister up
     until(lambda: trainer.persister._waiting is None, "it was not taken up")
-    second = trainer.begin(2, place=1)
-    trainer.copy(second, 0, IMAGE_BYTES, place=1)
-    trainer.complete(2, place=1)
-    trainer.offer(2, place=1)
+    second = trainer.save(2, place=1)
     trainer.persister.offer(trainer._offer(3, 1, is_copied=False))
     trainer.slots[0].give_back()
     until(lambda: ("committed", 2) in trainer.kinds(), "the one that waited was lost")
@@ -273,12 +273,8 @@ def slow(store: DirectoryStore) -> Iterator[SlowStore]:
 
 def test_its_slot_is_kept_from_the_training_while_the_store_is_slow(slow: SlowStore, trainers: Any) -> None:
     trainer = trainers(slow)
-    content = trainer.begin(1)
-    trainer.copy(content, 0, IMAGE_BYTES)
-    assert slow.has_begun.wait(LONG)
-    trainer.complete(1)
-    trainer.offer(1)
-    assert trainer.kinds() == [("begun", 1)]
+    content = trainer.save(1, once_written=lambda: slow.has_begun.wait(LONG))
+    assert slow.has_begun.is_set() and trainer.kinds() == [("begun", 1)]
     assert not trainer.slots[0].take()
     slow.may_go_on.set()
     until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
@@ -289,11 +285,7 @@ def test_slots_that_are_renewed_meanwhile_are_kept_until_what_is_in_them_is_dura
     slow: SlowStore, trainers: Any
 ) -> None:
     trainer = trainers(slow)
-    content = trainer.begin(1)
-    trainer.copy(content, 0, IMAGE_BYTES)
-    assert slow.has_begun.wait(LONG)
-    trainer.complete(1)
-    trainer.offer(1)
+    content = trainer.save(1, once_written=lambda: slow.has_begun.wait(LONG))
     trainer.persister.retire(trainer.theirs)
     assert [slot.closed for slot in trainer.theirs] == [False, True]
     slow.may_go_on.set()
@@ -305,10 +297,7 @@ def test_slots_that_are_renewed_meanwhile_are_kept_until_what_is_in_them_is_dura
 
 def test_one_that_is_tried_again_gives_way_to_none_that_is_only_announced(store: DirectoryStore, trainers: Any) -> None:
     trainer = trainers(FailingStore(store, at=[3], fail=unreachable))
-    content = trainer.begin(1)
-    trainer.copy(content, 0, IMAGE_BYTES)
-    trainer.complete(1)
-    trainer.offer(1)
+    content = trainer.save(1)
     trainer.begin(2, place=1)
     until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
     trainer.slots[1].give_back()  # the training dies in the copy
@@ -335,10 +324,7 @@ def test_what_is_committed_is_not_written_again_because_older_ones_could_not_be_
 ) -> None:
     failing = FailingStore(store, at=[6], fail=unreachable)
     trainer = trainers(failing)
-    content = trainer.begin(1)
-    trainer.copy(content, 0, IMAGE_BYTES)
-    trainer.complete(1)
-    trainer.offer(1)
+    content = trainer.save(1)
     until(lambda: len(failing.calls) >= 6, "nothing was asked for after the manifest")
     assert [verb for verb, _ in failing.calls[4:6]] == ["create", "list"]
     time.sleep(1.0)

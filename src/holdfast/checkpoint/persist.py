@@ -269,6 +269,8 @@ class Persister:
         )
 
     def _commit(self, offer: Offer) -> None:
+        if offer.is_ours and offer.slot.number != offer.number:
+            raise _GivenUpError
         if self._checkpoints.superseded(self.attempt):
             self.fenced = True
             self.tell({"kind": "fenced"})

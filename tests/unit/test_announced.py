@@ -296,7 +296,7 @@ def test_slots_that_are_renewed_meanwhile_are_kept_until_what_is_in_them_is_dura
 
 
 def test_one_that_is_tried_again_gives_way_to_none_that_is_only_announced(store: DirectoryStore, trainers: Any) -> None:
-    trainer = trainers(FailingStore(store, at=[3], fail=unreachable))
+    trainer = trainers(FailingStore(store, at=[4], fail=unreachable))
     content = trainer.save(1)
     trainer.begin(2, place=1)
     until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
@@ -307,12 +307,12 @@ def test_one_that_is_tried_again_gives_way_to_none_that_is_only_announced(store:
 
 
 def test_after_a_failure_of_the_store_it_is_written_again_from_its_slot(store: DirectoryStore, trainers: Any) -> None:
-    failing = FailingStore(store, at=[3], fail=unreachable, half=True)  # the two before ask for later attempts
+    failing = FailingStore(store, at=[4], fail=unreachable, half=True)  # those before ask for what is there
     trainer = trainers(failing)
     content = trainer.begin(1)
     trainer.copy(content, 0, IMAGE_BYTES)
     until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
-    assert failing.calls[2][1].endswith(STATE)
+    assert failing.calls[3][1].endswith(STATE)
     trainer.complete(1)
     trainer.offer(1)
     until(lambda: ("committed", 1) in trainer.kinds(), "it was not committed")
@@ -322,11 +322,47 @@ def test_after_a_failure_of_the_store_it_is_written_again_from_its_slot(store: D
 def test_what_is_committed_is_not_written_again_because_older_ones_could_not_be_removed(
     store: DirectoryStore, trainers: Any
 ) -> None:
-    failing = FailingStore(store, at=[6], fail=unreachable)
+    failing = FailingStore(store, at=[7], fail=unreachable)
     trainer = trainers(failing)
     content = trainer.save(1)
-    until(lambda: len(failing.calls) >= 6, "nothing was asked for after the manifest")
-    assert [verb for verb, _ in failing.calls[4:6]] == ["create", "list"]
+    until(lambda: len(failing.calls) >= 7, "nothing was asked for after the manifest")
+    assert [verb for verb, _ in failing.calls[5:7]] == ["create", "list"]
     time.sleep(1.0)
     assert trainer.kinds() == [("begun", 1), ("committed", 1)]
     assert image_of(store, 1) == content
+
+
+def test_one_whose_copy_ends_in_the_pause_after_a_failure_is_tried_at_once(
+    store: DirectoryStore, trainers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot is kept from the training from then on."""
+    monkeypatch.setattr("holdfast.checkpoint.persist.FIRST_PAUSE_SECONDS", 2 * LONG)
+    trainer = trainers(FailingStore(store, at=[4], fail=unreachable, half=True))
+    content = trainer.begin(1)
+    trainer.copy(content, 0, IMAGE_BYTES)
+    until(lambda: ("failed", 1) in trainer.kinds(), "it did not fail")
+    time.sleep(0.1)
+    trainer.complete(1)
+    trainer.offer(1)
+    until(lambda: ("committed", 1) in trainer.kinds(), "it waited for the end of the pause")
+    assert image_of(store, 1) == content
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_slot_that_a_child_of_the_dead_training_keeps_is_not_waited_for_longer_than_a_store(
+    store: DirectoryStore, trainers: Any, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    """A lock is given back when the last process ends that has the file: a data loader's worker has it as well."""
+    monkeypatch.setattr("holdfast.checkpoint.persist.ORPHAN_SECONDS", 0.5)
+    trainer = trainers(store)
+    trainer.persister.reads_along = is_announced
+    content = trainer.begin(1)
+    if is_announced:
+        trainer.copy(content, 0, PIECE_BYTES)
+        until(lambda: staged_bytes(store) > 0, "nothing was written")
+    else:
+        trainer.offer(1)
+    trainer.persister.orphan()
+    trainer.thread.join(LONG)
+    assert not trainer.thread.is_alive()
+    assert Checkpoints(store, "run").committed() == []

@@ -226,11 +226,13 @@ def test_waiting_for_a_step_ends_when_the_window_does(store: DirectoryStore, tel
     assert made.wait(10)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7])
 def test_a_store_that_fails_at_any_call_is_asked_again_and_harms_no_earlier_checkpoint(
     store: DirectoryStore, telemetry: Telemetry, at: int, saving: Any
 ) -> None:
-    """Six calls make a commit: two for who is fencing whom, metrics, two objects, manifest."""
+    """Seven calls make a process's first commit: two for who is fencing whom, one for whether it is committed, metrics, two
+    objects, manifest.
+    """
     first = saving(store, telemetry)
     first.save(10)
     assert first.wait(10)
@@ -266,7 +268,7 @@ def test_an_answer_lost_after_the_manifest_was_written_is_a_commit_all_the_same(
             store.create(key, data)
             super().create(key, data)
 
-    made = saving(AnswerLost(store, at=[5], fail=unreachable), telemetry)
+    made = saving(AnswerLost(store, at=[6], fail=unreachable), telemetry)
     made.save(10)
     assert made.wait(10)
     assert committed(store) == [CheckpointId(1, 10)]
@@ -435,6 +437,28 @@ def test_the_other_kind_of_lock_keeps_processes_apart_too(
     assert slot.take()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_the_process_before_committed_is_not_written_again(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any, world_size: int
+) -> None:
+    """It died before the training heard of the commit, which offers it again; this one knows nothing of the link, and might
+    write it in another encoding.
+    """
+    all_ranks = [Ranks(rank=rank, world_size=world_size, token="t") for rank in range(world_size)]
+    before = [saving(store, telemetry, ranks=ranks) for ranks in all_ranks]
+    snapshots = [one.save(10) for one in before]
+    assert all(one.wait(10) for one in before)
+    told = len(telemetry.events("committed"))
+    for one, ranks, snapshot in zip(before, all_ranks, snapshots, strict=True):
+        watched = FailingStore(store)
+        after = saving(watched, telemetry, ranks=ranks)
+        slot = one.theirs[one.slots.index(snapshot.slot)]
+        after.persister.offer(Offer(snapshot.number, slot, 10, snapshot.began, snapshot.hold_seconds))
+        assert after.wait(10)
+        assert {verb for verb, _ in watched.calls} <= {"get", "get_range", "list"}
+    assert telemetry.events("committed")[told]["bytes"] == telemetry.events("committed")[0]["bytes"]
+
+
 def test_a_snapshot_that_another_rank_gave_up_does_not_keep_the_next_ones_waiting(
     saving: Any, telemetry: Telemetry, tmp_path: Path
 ) -> None:
@@ -467,3 +491,18 @@ def test_a_rank_that_is_slow_is_waited_for_though_a_newer_snapshot_is_there(
     assert first.wait(2) and second.wait(2)
     assert Checkpoints(store, "run").committed() == [CheckpointId(1, 1), CheckpointId(1, 2)]
     assert telemetry.path.read_text().count("commit-failed") == 0
+
+
+def test_a_rank_whose_training_died_asks_now_and_then_whether_its_part_was_published(
+    saving: Any, telemetry: Telemetry, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.checkpoint.persist.ORPHAN_SECONDS", 1.0)
+    watched = FailingStore(store)
+    rank = saving(watched, telemetry, ranks=Ranks(rank=1, world_size=2, token="t"))
+    rank.save(1)
+    with rank.changed:
+        assert rank.changed.wait_for(lambda: any(one["kind"] == "part" for one in rank.told), LONG)
+    rank.persister.orphan()
+    rank.thread.join(LONG)
+    assert not rank.thread.is_alive()
+    assert 2 <= [verb for verb, _ in watched.calls].count("get_range") <= 20

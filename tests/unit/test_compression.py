@@ -32,27 +32,33 @@ def test_any_bytes_come_back(data: bytes) -> None:
 
 def test_an_image_of_several_pieces_comes_back_and_takes_less_room(tmp_path: Path) -> None:
     image, checkpoint = weights(2 * PIECE_BYTES + 4004), CheckpointId(1, 10)
-    checkpoints = Checkpoints(DirectoryStore(tmp_path), "run")
-    entry = checkpoints.write_image(checkpoint, "state", image, compressed=True)
+    store = DirectoryStore(tmp_path)
+    checkpoints = Checkpoints(store, "run")
+    ((name, entry),) = checkpoints.write_image(checkpoint, "state", image, compressed=True).items()
     assert len(entry["crc32"]) == 3 and entry["size_bytes"] < 0.9 * len(image) == 0.9 * entry["image_bytes"]
     # What it holds is summed up, not how it is stored: a run is compared with another whose link was faster.
-    assert entry["crc32"] == checkpoints.write_image(checkpoint, "plain", image)["crc32"]
-    checkpoints.publish(checkpoint, {"state": entry}, {"kind": "state"})
-    assert checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), "state") == image
+    plain = checkpoints.write_image(checkpoint, "state", image)
+    assert entry["crc32"] == plain["state"]["crc32"]
+    for objects in ({name: entry}, plain):  # neither was written over the other
+        checkpoints.publish(CheckpointId(1, 10), objects, {"kind": "state"})
+        (written,) = objects
+        assert checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), written) == image
+        store.delete(f"runs/run/checkpoints/{checkpoint}/manifest.json")
 
 
 @pytest.mark.parametrize("place", [0, 100, 5000, -1])
 def test_a_flipped_bit_is_found_and_its_piece_named(tmp_path: Path, place: int) -> None:
     store, checkpoint = DirectoryStore(tmp_path), CheckpointId(1, 10)
     checkpoints = Checkpoints(store, "run")
-    entry = checkpoints.write_image(checkpoint, "state", weights(PIECE_BYTES), compressed=True)
-    checkpoints.publish(checkpoint, {"state": entry}, {"kind": "state"})
-    key = f"runs/run/checkpoints/{checkpoint}/state"
+    objects = checkpoints.write_image(checkpoint, "state", weights(PIECE_BYTES), compressed=True)
+    checkpoints.publish(checkpoint, objects, {"kind": "state"})
+    (name,) = objects
+    key = f"runs/run/checkpoints/{checkpoint}/{name}"
     data = bytearray(store.get(key))
     data[place] ^= 4
     store.put(key, bytes(data))
     with pytest.raises(DamagedCheckpointError, match=r"piece 0"):
-        checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), "state")
+        checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), name)
 
 
 def test_it_pays_on_slow_links_only() -> None:

@@ -170,17 +170,15 @@ def save_sharded(
         image[: len(layout.header)] = layout.header
         for name, place in layout.places.items():
             image[place.start : place.stop] = as_bytes(parts[name]).numpy().tobytes()
-        names.append(
-            {kind: f"{rank_name(rank, 'x')}.{end}" for kind, end in (("tree", "json"), ("state", "safetensors"))}
-        )
+        name = rank_name(rank, "x")
         tree = {
             "components": {"model": {name: {"$tensor": f"model.{name}"} for name in whole}},
             "user": {}, "random": {}, "shards": shards,
         }  # fmt: skip
-        objects[names[-1]["tree"]] = checkpoints.write(checkpoint, names[-1]["tree"], [json.dumps(tree).encode()])
-        objects[names[-1]["state"]] = checkpoints.write_image(
-            checkpoint, names[-1]["state"], memoryview(image), compressed
-        )
+        objects[f"{name}.json"] = checkpoints.write(checkpoint, f"{name}.json", [json.dumps(tree).encode()])
+        written = checkpoints.write_image(checkpoint, f"{name}.safetensors", memoryview(image), compressed)
+        objects |= written
+        names.append({"tree": f"{name}.json", "state": next(iter(written))})
     checkpoints.publish(checkpoint, objects, {"kind": "state", "step": 1, "ranks": names})
     verify(store, "sharded", checkpoint)
     return open_state(store, "sharded", checkpoint)

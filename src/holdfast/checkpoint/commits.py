@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 PART = ".part"
 TREE, STATE = "tree.json", "state.safetensors"
 """Objects of a state that one process saves."""
+COMPRESSED = ".zst"
+"""Ends the name of an image that is compressed."""
 CHECKSUM = "manifest_sha256"  # of the manifest without it: nothing else would notice a changed step or kind
 
 
@@ -90,9 +92,12 @@ class Checkpoints:
         image: memoryview,
         compressed: bool = False,
         wait_for: Callable[[int], None] = lambda stop: None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, Any]]:
         """The same for a large one that lies in memory, which must stay as it is: each piece is summed up, and compressed,
-        while the ones before are on their way. Raises TransientError.
+        while the ones before are on their way; the object's name and its entry. Raises TransientError.
+
+        A compressed one has another name: written again, an image is the same to the bit or has a place of its own, so what
+        is committed never changes.
 
         `wait_for(stop)`: called before the bytes below `stop` are looked at; what it raises ends the writing, and there is
         no such object.
@@ -111,14 +116,14 @@ class Checkpoints:
                 wait_for(start + len(piece))
                 yield piece
 
-        pieces = cut()
+        pieces, name = cut(), name + COMPRESSED if compressed else name
         with ThreadPoolExecutor(COMPRESSORS, thread_name_prefix="holdfast-compress") as pool:
             pairs = _compressed(pieces, pool) if compressed else ((piece, piece) for piece in pieces)
             self._store.put(f"{self._prefix}{checkpoint}/{name}", (noted(*pair) for pair in pairs))
         entry = {"size_bytes": sum(stored), "piece_bytes": PIECE_BYTES, "crc32": sums}
         if compressed:
             entry |= {"encoding": compression.ENCODING, "image_bytes": len(image), "stored_bytes": stored}
-        return entry
+        return {name: entry}
 
     def publish(
         self, checkpoint: CheckpointId, objects: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any]

@@ -90,7 +90,7 @@ def import_state(
     checkpoint = CheckpointId(IMPORTED, step)
     objects = {TREE: checkpoints.write(checkpoint, TREE, [json.dumps(tree).encode()])}
     if tensors:
-        objects[STATE] = checkpoints.write_image(checkpoint, STATE, memoryview(_image(tensors)))
+        objects |= checkpoints.write_image(checkpoint, STATE, memoryview(_image(tensors)))
     groups = [group for one in components.values() if is_optimizer(one) for group in one["param_groups"]]
     checkpoints.publish(
         checkpoint,

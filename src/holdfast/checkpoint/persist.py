@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint import compression
-from holdfast.checkpoint.commits import PIECE_BYTES, STATE, TREE, CheckpointId, Checkpoints, rank_name
+from holdfast.checkpoint.commits import COMPRESSED, PIECE_BYTES, STATE, TREE, CheckpointId, Checkpoints, rank_name
 from holdfast.checkpoint.folders import FILES, file_pieces, plain_files
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
-from holdfast.errors import AlreadyExistsError, HoldfastError, TransientError
+from holdfast.errors import AlreadyExistsError, HoldfastError, NotFoundError, TransientError
 from holdfast.runtime.contract import metrics_prefix
 from holdfast.storage import DirectoryStore, ObjectStore, open_store
 
@@ -114,6 +114,8 @@ class Persister:
     reads_along: bool = False
     """A snapshot is written while it is still being copied."""
     fenced: bool = False
+    _may_be_committed: bool = True
+    """What is next to be committed: the process before this one may have done it, or a try whose answer was lost."""
     _link_bytes_per_second: float = 0.0
     _gain: compression.Gain | None = None
     _images_since_gain: int = 0
@@ -182,12 +184,15 @@ class Persister:
                 _discard(offer)
                 continue
             if offer.is_copied and not self._take_over(offer):
+                if self._out_of_time:
+                    return
                 self._again(offer, 0.02)  # the training overwrites it, and has a newer one soon
                 continue
             try:
                 failed = self._try(offer)
             finally:
                 self._leave(offer)
+            self._may_be_committed = failed is not None
             if failed is None:
                 with self._changed:
                     self._leave(offer)  # its offer may have come just now
@@ -213,20 +218,23 @@ class Persister:
             return offer.is_ours
 
     def _has_work(self) -> bool:
-        return self._waiting is not None or self._orphaned_at is not None
+        return self._waiting is not None or (self._orphaned_at is not None and not self._unconfirmed)
 
     @property
     def _out_of_time(self) -> bool:
         return self._orphaned_at is not None and time.monotonic() - self._orphaned_at > ORPHAN_SECONDS
 
     def _again(self, offer: Offer, seconds: float) -> None:
-        """After a pause, unless a newer one comes meanwhile. One that is only announced gives way: its offer will follow."""
+        """After a pause, or as soon as it is ours, unless a newer one comes meanwhile. One that is only announced gives way:
+        its offer will follow.
+        """
 
         def is_newer() -> bool:
             return self._waiting is not None and self._waiting.is_copied
 
         with self._changed:
-            if not self._changed.wait_for(is_newer, seconds):
+            self._changed.wait_for(lambda: is_newer() or offer.is_ours, seconds)
+            if not is_newer():
                 self._waiting = offer
                 return
             self._leave(offer)
@@ -277,38 +285,34 @@ class Persister:
             return
         checkpoint = CheckpointId(self.attempt, offer.step)
         offer.commit_began = time.monotonic()
+        if self._may_be_committed and (manifest := self._committed_as(checkpoint)):
+            self._committed(checkpoint, self._facts(offer, manifest["objects"]))
+            return
         objects = self._write_image(checkpoint, offer)
         with self._changed:
             self._changed.wait_for(lambda: offer.is_copied or self._orphaned_at is not None, OFFER_SECONDS)
         words = json.loads(offer.slot.words())
         self._write_metrics(checkpoint, words.pop("metrics", []))
         objects |= self._write_tree(checkpoint, offer, words.pop("tree"))
-        facts = {
-            "number": offer.number,
-            "step": offer.step,
-            "bytes": sum(entry["size_bytes"] for entry in objects.values()),
-            "hold_seconds": offer.hold_seconds,
-            "began": offer.began,
-            "commit_began": offer.commit_began,
-        }
         ranks = self.orders.ranks
         if ranks.world_size > 1:
             self._checkpoints.write_part(checkpoint, rank_name(ranks.rank, ranks.token), objects)
             self.tell({"kind": "part", "number": offer.number, "step": offer.step})
         if not ranks.publishes:
+            facts = self._facts(offer, objects)
             self._unconfirmed.append((checkpoint, time.monotonic() + PARTS_SECONDS, facts))
             self._confirm()
             return
         if ranks.world_size > 1:
             offer.slot.give_back()  # it is durable; what is waited for is the others'
             objects = self._all_parts(checkpoint)
-            facts["bytes"] = sum(entry["size_bytes"] for entry in objects.values())
-        manifest = {"kind": "state", "parent": str(self.orders.parent) if self.orders.parent else None, **words}
+        parent = str(self.orders.parent) if self.orders.parent else None
+        manifest = {"kind": "state", "parent": parent, **words, "ranks": self._rank_objects(objects)}
         try:
-            self._checkpoints.publish(checkpoint, objects, {**manifest, "ranks": self._rank_objects()})
+            self._checkpoints.publish(checkpoint, objects, manifest)
         except AlreadyExistsError:
-            self._check_other(checkpoint)
-        self._committed(checkpoint, facts)
+            self._committed_as(checkpoint)
+        self._committed(checkpoint, self._facts(offer, objects))
         try:
             self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
         except HoldfastError as error:  # the next commit does it; what is committed must not be written again
@@ -326,26 +330,55 @@ class Persister:
         while not self._take_over(offer):
             if stop < image_bytes and offer.slot.copied_bytes >= stop:
                 return
+            if self._out_of_time:  # the training is gone, and a process that it forked keeps the slot
+                raise _GivenUpError
             time.sleep(LOOK_SECONDS)
         if offer.slot.number != offer.number:
             raise _GivenUpError
 
-    def _check_other(self, checkpoint: CheckpointId) -> None:
-        """This step of this attempt was committed before: by the process before this one, or by another program that
-        saves to this run. Its objects have other names than ours. Raises DamagedCheckpointError unless it is whole.
+    def _committed_as(self, checkpoint: CheckpointId) -> dict[str, Any] | None:
+        """The manifest, when this step of this attempt was committed before: by an earlier try of ours, by the process before
+        this one, or by another program that saves to this run. Its objects have other names than ours. Raises
+        DamagedCheckpointError unless it is whole.
         """
-        manifest = self._checkpoints.manifest(checkpoint)
-        if manifest.get("ranks") != self._rank_objects():
+        try:
+            manifest = self._checkpoints.manifest(checkpoint)
+        except NotFoundError:
+            return None
+        if [rank["tree"] for rank in manifest.get("ranks", ())] != [self._names(rank)[0] for rank in self._all_ranks]:
             log.warning("another process saves to the same attempt checkpoint=%s", checkpoint)
             self._checkpoints.verify(checkpoint, manifest)
+        return manifest
 
-    def _rank_objects(self) -> list[dict[str, str]]:
+    @property
+    def _all_ranks(self) -> range:
+        return range(self.orders.ranks.world_size)
+
+    def _names(self, rank: int) -> tuple[str, str]:
+        """Of a rank's tree and image."""
         ranks = self.orders.ranks
         if ranks.world_size == 1:
             folder = f"{ranks.token}/" if ranks.token else ""
-            return [{"tree": folder + TREE, "state": folder + STATE}]
-        names = [rank_name(rank, ranks.token) for rank in range(ranks.world_size)]
-        return [{"tree": f"{name}.json", "state": f"{name}.safetensors"} for name in names]
+            return folder + TREE, folder + STATE
+        name = rank_name(rank, ranks.token)
+        return f"{name}.json", f"{name}.safetensors"
+
+    def _rank_objects(self, objects: Mapping[str, Any]) -> list[dict[str, str]]:
+        found = []
+        for tree, state in map(self._names, self._all_ranks):
+            found.append({"tree": tree, "state": state + COMPRESSED if state + COMPRESSED in objects else state})
+        return found
+
+    @staticmethod
+    def _facts(offer: Offer, objects: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "number": offer.number,
+            "step": offer.step,
+            "bytes": sum(entry["size_bytes"] for entry in objects.values()),
+            "hold_seconds": offer.hold_seconds,
+            "began": offer.began,
+            "commit_began": offer.commit_began,
+        }
 
     def _write_image(self, checkpoint: CheckpointId, offer: Offer) -> dict[str, Any]:
         """The slot is ours when it is written."""
@@ -360,16 +393,17 @@ class Persister:
         if not len(image):
             wait_for(0)
             return {}
-        name = self._rank_objects()[self.orders.ranks.rank]["state"]
+        _, name = self._names(self.orders.ranks.rank)
         compressed = self._compression_pays(image, wait_for)
         began = time.monotonic()
         written = self._checkpoints.write_image(checkpoint, name, image, compressed, wait_for)
-        self._link_bytes_per_second = written["size_bytes"] / max(1e-6, time.monotonic() - began - waited)
-        return {name: written}
+        size_bytes = sum(entry["size_bytes"] for entry in written.values())
+        self._link_bytes_per_second = size_bytes / max(1e-6, time.monotonic() - began - waited)
+        return written
 
     def _write_tree(self, checkpoint: CheckpointId, offer: Offer, tree: Mapping[str, Any]) -> dict[str, Any]:
         ranks = self.orders.ranks
-        name = self._rank_objects()[ranks.rank]["tree"]
+        name, _ = self._names(ranks.rank)
         text = json.dumps(tree, separators=(",", ":")).encode()
         objects = {name: self._checkpoints.write(checkpoint, name, [text])}
         if offer.folder and ranks.publishes:

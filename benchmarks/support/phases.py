@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from benchmarks.support.limits import Image, Limit, drop_pages
 from benchmarks.support.processes import memory_held
 from benchmarks.support.savers import Dcp, Holdfast, load_dcp
 from benchmarks.support.windows import Saver, Series, Window, quiet, saving
-from benchmarks.support.workload import Shape, Workload, timed
+from benchmarks.support.workload import Shape, Workload, keep_freed_memory, timed
 
 LEAST_ROUNDS, HURRIED_ROUNDS_SECONDS, HURRIED_PEERS_SECONDS = 3, 28.0, 15.0
 QUIET_SECONDS, QUIET_STEPS = 0.5, 4
@@ -61,6 +62,7 @@ def say(text: str) -> None:
 
 def train(setting: Setting) -> dict[str, Any]:
     """Savers and limits in turn around one training loop, `rounds` times, with steps of each length."""
+    keep_freed_memory()
     workload = Workload(setting.parameters, setting.device)
     shapes = {length: workload.tune(seconds) for length, seconds in STEP_SECONDS.items()}
     state_bytes = workload.state_bytes
@@ -99,14 +101,13 @@ def train(setting: Setting) -> dict[str, Any]:
             memcpy = found.add("memcpy", timed(image.copy))
             found.add("memcpy", timed(image.copy))
             before = _quiet(workload, shape)
-            turns = list(savers.items())
-            first = (number - 1) % len(turns)  # whoever comes first has the raw write's aftermath
-            for name, saver in turns[first:] + turns[:first]:
+            for name, saver in turns_of(number, list(savers.items())):
                 if name in setting.peers and not (with_peers and length in setting.peers_lengths):
                     continue
                 window = saving(workload.step, saver)
                 bookkeeping += window.between if saver is ours else []
                 saver.catch_up()
+                os.sync()
                 after = _quiet(workload, shape)
                 one = series[length][name]
                 one.add(window, before, after)
@@ -140,6 +141,15 @@ def train(setting: Setting) -> dict[str, Any]:
         "failed_commits": ours.failed,
         "dcp_path": dcp_path,
     }
+
+
+def turns_of(number: int, turns: list[Any]) -> list[Any]:
+    """The order in a round (from 1): each comes first at times, and at times after the one or the other neighbour. The disk is
+    still busy for a while with what the one before has written and deleted.
+    """
+    first = (number - 1) % len(turns)
+    turns = turns[first:] + turns[:first]
+    return turns if number % 2 else [turns[0], *turns[:0:-1]]
 
 
 def _quiet(workload: Workload, shape: Shape) -> Window:

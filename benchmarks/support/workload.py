@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ CLASSES_OF_A_SHORT_STEP = 512
 PROJECTION_ALONE, NORM_ALONE = 0, -1
 """In place of a number of blocks: steps too short for one."""
 SHORT_SECONDS = 0.02
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,16 @@ class Workload:
     @property
     def state_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees, as PyTorch does on a GPU. glibc else takes each step's large tensors from the
+    system anew, tens of thousands of pages, and how long that takes depends on what the host did with them meanwhile.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def timed(what: Callable[[], Any]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from holdfast.checkpoint.commits import PIECE_BYTES, STATE, CheckpointId, Checkpoints
-from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
+from holdfast.checkpoint.persister import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
@@ -336,7 +336,7 @@ def test_one_whose_copy_ends_in_the_pause_after_a_failure_is_tried_at_once(
     store: DirectoryStore, trainers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its slot is kept from the training from then on."""
-    monkeypatch.setattr("holdfast.checkpoint.persist.FIRST_PAUSE_SECONDS", 2 * LONG)
+    monkeypatch.setattr("holdfast.checkpoint.persister.FIRST_PAUSE_SECONDS", 2 * LONG)
     trainer = trainers(FailingStore(store, at=[4], fail=unreachable, half=True))
     content = trainer.begin(1)
     trainer.copy(content, 0, IMAGE_BYTES)
@@ -353,7 +353,7 @@ def test_a_slot_that_a_child_of_the_dead_training_keeps_is_not_waited_for_longer
     store: DirectoryStore, trainers: Any, monkeypatch: pytest.MonkeyPatch, is_announced: bool
 ) -> None:
     """A lock is given back when the last process ends that has the file: a data loader's worker has it as well."""
-    monkeypatch.setattr("holdfast.checkpoint.persist.ORPHAN_SECONDS", 0.5)
+    monkeypatch.setattr("holdfast.checkpoint.persister.ORPHAN_SECONDS", 0.5)
     trainer = trainers(store)
     trainer.persister.reads_along = is_announced
     content = trainer.begin(1)

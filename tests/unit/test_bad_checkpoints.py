@@ -21,7 +21,7 @@ from torch import nn
 import holdfast
 from holdfast.checkpoint.commits import PIECE_BYTES, CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
-from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
+from holdfast.checkpoint.persister import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reader import read_metrics
 from holdfast.checkpoint.reporting import Reporter, Surroundings

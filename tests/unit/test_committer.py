@@ -15,7 +15,7 @@ import torch
 
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
-from holdfast.checkpoint.persist import Offer, Orders, Persister, Ranks
+from holdfast.checkpoint.persister import Offer, Orders, Persister, Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reader import list_checkpoints, read_metrics
 from holdfast.checkpoint.reporting import Reporter, Surroundings
@@ -496,7 +496,7 @@ def test_a_rank_that_is_slow_is_waited_for_though_a_newer_snapshot_is_there(
 def test_a_rank_whose_training_died_asks_now_and_then_whether_its_part_was_published(
     saving: Any, telemetry: Telemetry, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.checkpoint.persist.ORPHAN_SECONDS", 1.0)
+    monkeypatch.setattr("holdfast.checkpoint.persister.ORPHAN_SECONDS", 1.0)
     watched = FailingStore(store)
     rank = saving(watched, telemetry, ranks=Ranks(rank=1, world_size=2, token="t"))
     rank.save(1)

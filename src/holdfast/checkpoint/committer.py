@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import holdfast
 from holdfast.checkpoint.commits import CheckpointId
-from holdfast.checkpoint.persist import LINE_BYTES, Ranks
+from holdfast.checkpoint.persist import LINE_BYTES
+from holdfast.checkpoint.persister import Ranks
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.slots import Slot

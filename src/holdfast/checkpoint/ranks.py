@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 
 from holdfast.checkpoint import planner
-from holdfast.checkpoint.persist import Ranks
+from holdfast.checkpoint.persister import Ranks
 from holdfast.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ waited for, and the first overlapped copy is compared as a whole.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.components import kind_of, parameters_of
+from holdfast.checkpoint.copying import Pair, copy_all, copy_beside, copy_on_streams, same, sample, synchronize
 from holdfast.checkpoint.image import Image, Spec, plan
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.state import Leaf, TrainingState
@@ -31,58 +31,12 @@ from holdfast.errors import ConfigError, HoldfastError
 
 log = logging.getLogger(__name__)
 
-MEMCMP, MEMMOVE = ctypes.CDLL(None).memcmp, ctypes.CDLL(None).memmove
-MEMCMP.argtypes = MEMMOVE.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-MEMMOVE.restype = ctypes.c_void_p
 SMALL_BYTES = 4096
 """Smaller tensors are not worth a wait: an optimizer's step counters, for example."""
 WORDS_BYTES = 256 * 1024
 """Room for JSON beyond what the first snapshot needs."""
 TURN_BYTES = 16 * 1024 * 1024
 """The copying thread looks for what an optimizer waits for after so much (or one larger tensor)."""
-SAMPLE_BYTES = 64
-"""Of a tensor's beginning, middle and end."""
-
-
-@dataclass(slots=True, eq=False)
-class Pair:
-    """A tensor, and the memory that it is copied to."""
-
-    view: Any
-    source: Any
-    start: int
-    """Its place in the image."""
-    storage: int
-    """Address of the memory that it is, or is a view of."""
-    version: int
-    """Every change of a tensor in place counts it up."""
-    sample: bytes | None = None
-    """Some of it before the copy; None where the tensor is not its bytes in the processor's memory."""
-    copied: bool = False
-    released: bool = False
-    """It is copied, and an optimizer may change it."""
-
-    @classmethod
-    def of(cls, view: Any, source: Any, start: int) -> Pair:
-        return cls(view, source, start, source.untyped_storage().data_ptr(), source._version)
-
-    @property
-    def on_cpu(self) -> bool:
-        return bool(self.source.device.type == "cpu")
-
-    @property
-    def size_bytes(self) -> int:
-        return int(self.source.nbytes)
-
-    @property
-    def is_sound(self) -> bool:
-        """It is the copy of what was there when the snapshot was begun, as far as that can be told."""
-        if self.released:
-            return True
-        if self.source._version != self.version or _sample(self.source) != self.sample:
-            return False
-        # What was changed and changed back meanwhile shows in the copy.
-        return not self.copied or self.sample is None or _sample(self.view) == self.sample
 
 
 @dataclass(slots=True)
@@ -294,7 +248,7 @@ class Snapshots:
         self._check(snapshot, self._late)
         if not self._proven and self._late and not snapshot.failed:
             self._proven = True
-            if all(_same(pair) for pair in self._late):
+            if all(same(pair) for pair in self._late):
                 self._doubtful = [pair for pair in self._late if pair.sample is not None]
                 self._optimizer_came = False
             else:
@@ -323,7 +277,7 @@ class Snapshots:
         if not self._optimizer_came:
             return
         doubtful, self._doubtful = self._doubtful, []
-        if not all(pair.released or _same(pair) for pair in doubtful):
+        if not all(pair.released or same(pair) for pair in doubtful):
             # That snapshot had been whole before. Of later ones all is waited for.
             log.info("parameters without a gradient are changed after the optimizer's step")
             self._selective = False
@@ -402,11 +356,11 @@ class Snapshots:
                 (soon if has_gradient[address] else later).append(Pair.of(views[name], source, places[name].start))
         late = [pair for some in (soon, later) for pair in sorted(some, key=lambda pair: pair.start)]
         for pair in late:
-            pair.sample = _sample(pair.source)
+            pair.sample = sample(pair.source)
         self._current, self._late, self._urgent = snapshot, late, []
-        _copy_all(now)
-        _synchronize(source for _, source in now)
-        self._events = events = _copy_on_streams(late)
+        copy_all(now)
+        synchronize(source for _, source in now)
+        self._events = events = copy_on_streams(late)
 
         is_announced = bool(late) and self._proven and not events
         if is_announced:
@@ -445,7 +399,7 @@ class Snapshots:
                 turn = list(_until(TURN_BYTES, (pair for pair in left if not pair.copied)))
             if not turn:
                 return
-            _copy_beside(turn)
+            copy_beside(turn)
             with self._progress:
                 for pair in turn:
                     pair.copied = True
@@ -498,69 +452,6 @@ def _views(slot: Slot, image: Image) -> dict[str, Any]:
         spec = place.spec
         views[name] = flat[place.start : place.stop].view(dtypes()[spec.dtype]).view(spec.shape)
     return views
-
-
-def _copy_all(pairs: list[tuple[Any, Any]]) -> None:
-    if pairs:
-        import torch
-
-        with torch.no_grad():
-            torch._foreach_copy_([view for view, _ in pairs], [source for _, source in pairs])
-
-
-def _copy_beside(pairs: list[Pair]) -> None:
-    """While the training computes: memmove takes less from its steps than a copy by torch, but where torch may use
-    several threads, that is sooner over.
-    """
-    import torch
-
-    alone = torch.get_num_threads() == 1
-    for pair in pairs:
-        if alone and pair.sample is not None:
-            MEMMOVE(pair.view.data_ptr(), pair.source.data_ptr(), pair.size_bytes)
-        else:
-            with torch.no_grad():
-                pair.view.copy_(pair.source)
-
-
-def _copy_on_streams(pairs: list[Pair]) -> list[tuple[Any, Any]]:
-    """Queue the copies from devices, each on a stream of its own beside the computation; events that tell their ends."""
-    events = []
-    for device in {pair.source.device for pair in pairs if pair.source.device.type == "cuda"}:
-        torch = sys.modules["torch"]
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            for pair in pairs:
-                if pair.source.device == device:
-                    pair.view.copy_(pair.source, non_blocking=True)
-                    pair.source.record_stream(stream)
-            event = torch.cuda.Event()
-            event.record(stream)
-        events.append((device, event))
-    return events
-
-
-def _synchronize(tensors: Any) -> None:
-    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
-        sys.modules["torch"].cuda.synchronize(device)
-
-
-def _same(pair: Pair) -> bool:
-    """To the bit: a NaN is like itself."""
-    here = pair.source.detach().to("cpu").contiguous()
-    # Not torch.equal: it takes seconds for a gigabyte.
-    return int(MEMCMP(pair.view.data_ptr(), here.data_ptr(), pair.size_bytes)) == 0
-
-
-def _sample(tensor: Any) -> bytes | None:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-        return None
-    if not tensor.data_ptr():  # its memory was given back
-        return None
-    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    places = (start, start + size // 2, start + size - SAMPLE_BYTES)
-    return b"".join(ctypes.string_at(place, SAMPLE_BYTES) for place in places)
 
 
 def _local(tensor: Any) -> Any:

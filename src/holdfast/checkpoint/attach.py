@@ -26,7 +26,7 @@ from holdfast.checkpoint.committer import Committer
 from holdfast.checkpoint.elastic import LearningRateRule, learning_rate_factor
 from holdfast.checkpoint.folders import FILES, copy_of, replace_files
 from holdfast.checkpoint.loading import StateContent, check_kind
-from holdfast.checkpoint.policy import CheckpointPolicy
+from holdfast.checkpoint.policy import FIRST_SAVE_STEPS, CheckpointPolicy
 from holdfast.checkpoint.ranks import Together, Vote
 from holdfast.checkpoint.reporting import HeardNotice, NoticeFile, Reporter, Surroundings
 from holdfast.checkpoint.snapshot import Snapshot, Snapshots
@@ -41,6 +41,8 @@ FINAL_COMMIT_SECONDS = 300.0
 """How long the end of the program waits for its last commit, on the wall."""
 BUDGET_SECONDS = 600.0
 """A save that is not durable after so long is said to be late, unless the policy's own interval is shorter."""
+LOOK_SECONDS = 0.005
+"""One rank alone looks around no more often than that, but after every step that may bring a save."""
 RECENT = 16
 """Measurements of each kind that plans are made from."""
 NOTICES: dict[NoticeKind, float] = {"rebalance": 1.0, "lease": 2.0, "shutdown": 3.0, "preemption": 4.0}
@@ -131,7 +133,8 @@ class Attached:
         self._snapshots = Snapshots(self._training, self._offer, self._committer.renew, slots, self._committer.announce)
         self._saved_step = self.resumed_step
         self._saved_at = self._stepped_at = time.monotonic()
-        self._completed_at = self._clock.now()
+        self._completed_at = self._saved_at
+        self._look_at, self._look_at_step = 0.0, 0
         self._began = self._saved_at  # the machine is as old as its program, but for the boot
         self._copies: deque[float] = deque(maxlen=RECENT)
         self._hold_seconds = 0.0
@@ -217,13 +220,28 @@ class Attached:
     # -- after every step ---------------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
-        now = time.monotonic()
-        self._completed_at = self._clock.now()
+        now = self._completed_at = time.monotonic()
         self._steps.append(now - self._stepped_at)
         self._stepped_at = now
-        self._reporter.step(self._step, self._total, self._metrics)
         if self._metrics and self._together.is_first:
             self._committer.add_metrics(self._step, self._metrics)
+        if now < self._look_at and self._step < self._look_at_step:
+            return
+        self._look_around()
+        if self._together.world_size == 1 and not self._notice and not self._reporter.shows_every_step:
+            self._look_at, self._look_at_step = now + LOOK_SECONDS, self._next_save_by_steps()
+
+    def _next_save_by_steps(self) -> int:
+        """The step after which a save may be due however little time has passed, or the last one."""
+        every = self._policy.every_steps
+        at = self._saved_step + (every or FIRST_SAVE_STEPS)
+        return min(at, self._total) if every or at > self._step else self._total
+
+    def _look_around(self) -> None:
+        """What came from the persist process, the agent and the other ranks, and what is due. It takes some 40 microseconds
+        beside real work, so after the shortest steps it is left out.
+        """
+        self._reporter.step(self._step, self._total, self._metrics)
         if self._step == self.resumed_step + 1:
             self._reporter.event("first-step", step=self._step)
             self._snapshots.prepare()  # now: an optimizer has its state from the first step on
@@ -423,7 +441,10 @@ class Attached:
 
     def _last_step_at(self) -> dict[str, str]:
         """When the last step was complete, which may be some commits ago; nothing where none was trained here."""
-        return {"last_step_at": self._completed_at.isoformat()} if self._step > self.resumed_step else {}
+        if self._step <= self.resumed_step:
+            return {}
+        ago = timedelta(seconds=(time.monotonic() - self._completed_at) * self._clock.speed)
+        return {"last_step_at": (self._clock.now() - ago).isoformat()}
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,10 @@ class Console:
         self._is_slow = self._file is not None and stat.S_ISCHR(os.fstat(self._file).st_mode)
         self._next_step = 0.0
 
+    @property
+    def shows_every_step(self) -> bool:
+        return self._file is not None and not self._is_slow
+
     def phase(self, name: str, step: int) -> None:
         self._write(f"holdfast: phase {name} {step}")
 
@@ -93,6 +97,10 @@ class Reporter:
         self._telemetry = _open_to_append(around.telemetry)
         self._console = Console(around.console)
         self._next_progress = 0.0
+
+    @property
+    def shows_every_step(self) -> bool:
+        return self._console.shows_every_step
 
     def event(self, kind: str, **fields: Any) -> None:
         if self._telemetry is not None:

@@ -100,15 +100,15 @@ def train(setting: Setting) -> dict[str, Any]:
             workload.use(shape)
             memcpy = found.add("memcpy", timed(image.copy))
             found.add("memcpy", timed(image.copy))
-            before = _quiet(workload, shape)
             for name, saver in turns_of(number, list(savers.items())):
                 if name in setting.peers and not (with_peers and length in setting.peers_lengths):
                     continue
+                before = _quiet(workload, shape, saver)
                 window = saving(workload.step, saver)
                 bookkeeping += window.between if saver is ours else []
                 saver.catch_up()
                 os.sync()
-                after = _quiet(workload, shape)
+                after = _quiet(workload, shape, saver)
                 one = series[length][name]
                 one.add(window, before, after)
                 say(
@@ -116,7 +116,6 @@ def train(setting: Setting) -> dict[str, Any]:
                     f"({memcpy:.3f} s one memcpy), durable after {one.durable_seconds[-1]:.2f} s ({raw:.2f} s raw), steps "
                     f"meanwhile {one.slow_downs[-1]:+.1f} %"
                 )
-                before = after
     lengths = {}
     for length in shapes:
         values = lengths[length] = {"step": series[length]["holdfast"].quiet_steps}
@@ -152,8 +151,8 @@ def turns_of(number: int, turns: list[Any]) -> list[Any]:
     return turns if number % 2 else [turns[0], *turns[:0:-1]]
 
 
-def _quiet(workload: Workload, shape: Shape) -> Window:
-    return quiet(workload.step, max(QUIET_SECONDS, (QUIET_STEPS - 0.5) * shape.seconds))
+def _quiet(workload: Workload, shape: Shape, saver: Saver) -> Window:
+    return quiet(workload.step, max(QUIET_SECONDS, (QUIET_STEPS - 0.5) * shape.seconds), saver.durable_at)
 
 
 def low_memory(setting: Setting) -> dict[str, Any]:

@@ -20,14 +20,15 @@ from holdfast.storage.protocol import Data
 BLOCK_BYTES = 4096
 SMALLEST_BYTES = 1024 * 1024
 STAGED_BYTES = 16 * 1024 * 1024
-BUFFERS = 2
+UNDER_WAY = 2
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
 
 def write_chunks(file: int, chunks: Iterable[Data]) -> int:
     """Write them one after another from the file's beginning; how many bytes they were.
 
-    A large one is on its way to the disk while the next is being made, unless the disk can take it from where it lies.
+    A large one is on its way to the disk while the next are being made. The disk takes it from where it lies, if it can: it
+    must stay as it is then.
     """
     written = 0
     with _Writer(file) as writer:
@@ -46,11 +47,7 @@ def write_chunks(file: int, chunks: Iterable[Data]) -> int:
 
 
 class _Writer:
-    """Writes whole blocks: what begins at one from where it lies, the rest by way of two buffers, in a thread of its own.
-
-    The first kind is a snapshot, beside which a program computes: a checksum of the next piece made during the write of
-    this one takes more from that than it gains.
-    """
+    """Writes whole blocks in a thread of its own: what begins at one from where it lies, the rest by way of two buffers."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -69,23 +66,29 @@ class _Writer:
                 self._pool.shutdown()
 
     def write_blocks(self, blocks: memoryview) -> None:
-        """Returns when they are written, or in a buffer. Raises OSError, also for what was written before."""
+        """Returns when they are on their way. Raises OSError, also for what was written before."""
         if _is_straight(blocks, 0):
-            self.settle()
-            _write(self._file, blocks, direct=True)
+            self._write(blocks)
             return
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
         for start in range(0, len(blocks), STAGED_BYTES):
-            if len(self._buffers) < BUFFERS:
+            self._make_room()
+            if len(self._buffers) < UNDER_WAY:
                 self._buffers.append(huge_buffer(STAGED_BYTES))
             else:
-                if len(self._writing) == BUFFERS:
-                    self._writing.popleft().result()
                 self._buffers.append(self._buffers.pop(0))
             piece = blocks[start : start + STAGED_BYTES]
             buffer = self._buffers[-1][: len(piece)]
             buffer[:] = piece
-            self._writing.append(self._pool.submit(_write, self._file, buffer, direct=True))
+            self._write(buffer)
+
+    def _write(self, blocks: memoryview) -> None:
+        self._make_room()
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
+        self._writing.append(self._pool.submit(_write, self._file, blocks, direct=True))
+
+    def _make_room(self) -> None:
+        if len(self._writing) == UNDER_WAY:
+            self._writing.popleft().result()
 
     def settle(self) -> None:
         """Wait until all is written. Raises OSError."""

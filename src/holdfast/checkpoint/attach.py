@@ -28,7 +28,7 @@ from holdfast.checkpoint.folders import FILES, copy_of, replace_files
 from holdfast.checkpoint.loading import StateContent, check_kind
 from holdfast.checkpoint.policy import FIRST_SAVE_STEPS, CheckpointPolicy
 from holdfast.checkpoint.ranks import Together, Vote
-from holdfast.checkpoint.reporting import HeardNotice, NoticeFile, Reporter, Surroundings
+from holdfast.checkpoint.reporting import LOOK_SECONDS, HeardNotice, NoticeFile, Reporter, Surroundings
 from holdfast.checkpoint.snapshot import Snapshot, Snapshots
 from holdfast.checkpoint.state import TrainingState, describe_environment, names_in, set_random_states
 from holdfast.errors import ConfigError, DamagedCheckpointError, NotFoundError, TransientError
@@ -41,8 +41,6 @@ FINAL_COMMIT_SECONDS = 300.0
 """How long the end of the program waits for its last commit, on the wall."""
 BUDGET_SECONDS = 600.0
 """A save that is not durable after so long is said to be late, unless the policy's own interval is shorter."""
-LOOK_SECONDS = 0.005
-"""One rank alone looks around no more often than that, but after every step that may bring a save."""
 RECENT = 16
 """Measurements of each kind that plans are made from."""
 NOTICES: dict[NoticeKind, float] = {"rebalance": 1.0, "lease": 2.0, "shutdown": 3.0, "preemption": 4.0}

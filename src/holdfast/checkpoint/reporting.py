@@ -18,7 +18,8 @@ from holdfast.runtime import contract
 
 PROGRESS_SECONDS = 0.2
 DEVICE_LINES_PER_SECOND = 10
-NOTICE_LOOK_SECONDS = 0.02
+LOOK_SECONDS = 0.02
+"""One rank alone looks around no more often than that, but after every step that may bring a save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,7 @@ class NoticeFile:
         now = time.monotonic()
         if self._path is None or now < self._next_look:
             return None
-        self._next_look = now + NOTICE_LOOK_SECONDS
+        self._next_look = now + LOOK_SECONDS
         try:
             changed = os.stat(self._path).st_mtime_ns
         except FileNotFoundError:

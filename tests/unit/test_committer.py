@@ -22,6 +22,7 @@ from holdfast.checkpoint.reporting import Reporter, Surroundings
 from holdfast.checkpoint.slots import Slot
 from holdfast.checkpoint.snapshot import Snapshot, Snapshots
 from holdfast.checkpoint.state import TrainingState
+from holdfast.errors import AlreadyExistsError
 from holdfast.runtime.contract import lease_key
 from holdfast.storage import DirectoryStore, ObjectStore
 from tests.unit.failing_store import FailingStore, unreachable
@@ -275,6 +276,19 @@ def test_an_answer_lost_after_the_manifest_was_written_is_a_commit_all_the_same(
     assert [event["step"] for event in telemetry.told("committed")] == [10]
 
 
+def test_a_manifest_that_is_gone_again_is_no_commit(store: DirectoryStore, telemetry: Telemetry, saving: Any) -> None:
+    def taken(verb: str, key: str) -> None:
+        raise AlreadyExistsError(key)
+
+    made = saving(FailingStore(store, at=[6], fail=taken), telemetry)
+    made.save(10)
+    assert made.wait(10)
+    assert [event["error"] for event in telemetry.events("commit-failed")] == [
+        "0001-000000000010 was there, and is gone"
+    ]
+    assert committed(store) == [CheckpointId(1, 10)]
+
+
 def test_a_save_that_is_not_durable_within_its_budget_is_told(
     store: DirectoryStore, telemetry: Telemetry, saving: Any
 ) -> None:
@@ -456,7 +470,28 @@ def test_what_the_process_before_committed_is_not_written_again(
         after.persister.offer(Offer(snapshot.number, slot, 10, snapshot.began, snapshot.hold_seconds))
         assert after.wait(10)
         assert {verb for verb, _ in watched.calls} <= {"get", "get_range", "list"}
+        assert (
+            after.told[-1]["kind"] == "committed" and after.told[-1]["commit_seconds"] is None
+        )  # nothing to plan with
     assert telemetry.events("committed")[told]["bytes"] == telemetry.events("committed")[0]["bytes"]
+
+
+def test_a_step_that_another_start_published_meanwhile_is_not_waited_for(
+    store: DirectoryStore, telemetry: Telemetry, saving: Any
+) -> None:
+    """The other rank found it committed, and writes no part of it."""
+    first = saving(store, telemetry, ranks=Ranks(rank=0, world_size=2, token="new"))
+    first.save(1)
+    with first.changed:
+        assert first.changed.wait_for(lambda: any(one["kind"] == "part" for one in first.told), LONG)
+    before = [saving(store, telemetry, ranks=Ranks(rank=rank, world_size=2, token="old")) for rank in range(2)]
+    for one in before:
+        one.save(1)
+    assert first.wait(1)
+    assert [one["tree"] for one in Checkpoints(store, "run").manifest(CheckpointId(1, 1))["ranks"]] == [
+        "rank-00000-old.json",
+        "rank-00001-old.json",
+    ]
 
 
 def test_a_snapshot_that_another_rank_gave_up_does_not_keep_the_next_ones_waiting(

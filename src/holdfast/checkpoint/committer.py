@@ -248,11 +248,12 @@ class Committer:
             case "begun":
                 self.in_work = InWork(message["number"], message["step"], message["began"])
             case "committed":
-                self.commits.append(message["commit_seconds"])
+                if message["commit_seconds"] is not None:
+                    self.commits.append(message["commit_seconds"])
+                    self.commit_seconds = message["commit_seconds"]
                 self._end_work(message["number"])
                 self.committed_step = max(self.committed_step, message["step"])
                 self.finished_number = max(self.finished_number, message["number"])
-                self.commit_seconds = message["commit_seconds"]
                 self.commit_bytes, self.last_error = message["bytes"], ""
                 self._metrics = [record for record in self._metrics if record[0] > message["step"]]
                 self._parent = CheckpointId(self._attempt, message["step"])

@@ -273,8 +273,9 @@ class Persister:
             return
         checkpoint = CheckpointId(self.attempt, offer.step)
         offer.commit_began = time.monotonic()
-        if self._may_be_committed and (manifest := self._committed_as(checkpoint)):
-            self._committed(checkpoint, self._facts(offer, manifest["objects"]))
+        # A folder's files have the same names whoever saves them.
+        if (self._may_be_committed or offer.folder) and (manifest := self._committed_as(checkpoint)):
+            self._committed(checkpoint, self._facts(offer, manifest["objects"]), was_found=True)
             return
         objects = self._write_image(checkpoint, offer)
         with self._changed:
@@ -299,7 +300,8 @@ class Persister:
         try:
             self._checkpoints.publish(checkpoint, objects, manifest)
         except AlreadyExistsError:
-            self._committed_as(checkpoint)
+            if self._committed_as(checkpoint) is None:
+                raise TransientError(f"{checkpoint} was there, and is gone") from None
         self._committed(checkpoint, self._facts(offer, objects))
         try:
             self._checkpoints.prune(self.attempt, self.orders.max_to_keep)
@@ -426,7 +428,9 @@ class Persister:
             if wanted <= parts.keys():
                 return {name: entry for rank in sorted(wanted) for name, entry in parts[rank].items()}
             # Each rank saves one after the other: who has saved a newer state has nothing of this one any more.
-            if overtaken - parts.keys() or time.monotonic() > give_up_at or self._out_of_time:
+            # And who found this step committed, by another start of the program, writes no part at all.
+            is_over = overtaken - parts.keys() or self._checkpoints.exists(checkpoint)
+            if is_over or time.monotonic() > give_up_at or self._out_of_time:
                 raise TransientError(
                     f"{checkpoint}: {', '.join(sorted(wanted - parts.keys()))} did not save their parts"
                 )
@@ -447,7 +451,8 @@ class Persister:
             if time.monotonic() > give_up_at:
                 self._unconfirmed.remove(entry)
 
-    def _committed(self, checkpoint: CheckpointId, facts: Mapping[str, Any]) -> None:
+    def _committed(self, checkpoint: CheckpointId, facts: Mapping[str, Any], was_found: bool = False) -> None:
+        """`was_found`: it was there before this try, which then tells nothing of how long a commit takes."""
         self.orders.parent = checkpoint
         self._phase("committed", checkpoint.step)
         now = time.monotonic()
@@ -470,7 +475,7 @@ class Persister:
                 "number": facts["number"],
                 "step": checkpoint.step,
                 "bytes": facts["bytes"],
-                "commit_seconds": seconds,
+                "commit_seconds": None if was_found else seconds,
             }
         )
 

@@ -21,7 +21,9 @@ class ObjectStore(Protocol):
     url: str
 
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
-        """Write or replace. Raises TransientError when the store can't take it now (full, unreachable)."""
+        """Write or replace. Several pieces are under way at once: what is given must stay as it is until this returns.
+        Raises TransientError when the store can't take it now (full, unreachable).
+        """
 
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         """Write only if the key is free; of two at once, one wins. Raises AlreadyExistsError, TransientError."""

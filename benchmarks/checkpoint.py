@@ -27,7 +27,7 @@ A fresh optimizer's moments are memory that no one has touched, and the first to
 `load_over_raw_into_warm_memory` has it over a memcpy into a state that was there. Where a figure has several cases (the
 two lengths of a step, DCP's two ways of writing, disk and S3), a key is the case that is worst for Holdfast, and `cases`
 has them all. Ratios are of medians. `--quick` takes DCP's threads and short steps only, and on a slow disk fewer rounds
-(at least three), since it is to be over in a minute.
+(at least three), since it is to be over in a minute; windows share the quiet steps between them then.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ change a gigabyte, so a short one leaves most of the state as it is, and Holdfas
 Saves by Holdfast, saves by `torch.distributed.checkpoint.async_save` (DCP) and stretches without a save follow each
 other in one loop, next to one memcpy of the state and a direct write of as many bytes, round after round, in an order that
 lets none always bear what another has left the disk to do. The loop's process keeps the memory it frees, as on a GPU: page
-faults made steps of 300 ms differ by 13 % from each other. Holdfast is
+faults made long steps differ more from each other than a save costs. Holdfast is
 used as a machine's program uses it: the environment, `holdfast.attach`, `run.steps`. Everything is timed from outside.
 Shared memory has huge pages meanwhile, where this user may allow them, as it has on the clouds' machines.
 

@@ -236,8 +236,8 @@ class Attached:
         return min(at, self._total) if every or at > self._step else self._total
 
     def _look_around(self) -> None:
-        """What came from the persist process, the agent and the other ranks, and what is due. It takes some 40 microseconds
-        beside real work, so after the shortest steps it is left out.
+        """What came from the persist process, the agent and the other ranks, and what is due. Beside the shortest steps it
+        takes too long: the checkpoint benchmark's `bookkeeping_seconds_per_step`.
         """
         self._reporter.step(self._step, self._total, self._metrics)
         if self._step == self.resumed_step + 1:

@@ -26,8 +26,8 @@ Shared memory has huge pages meanwhile, where this user may allow them, as it ha
 A fresh optimizer's moments are memory that no one has touched, and the first touch takes longer than the copy;
 `load_over_raw_into_warm_memory` has it over a memcpy into a state that was there. Where a figure has several cases (the
 two lengths of a step, DCP's two ways of writing, disk and S3), a key is the case that is worst for Holdfast, and `cases`
-has them all. Ratios are of medians. `--quick` takes DCP's threads and short steps only, and on a slow disk fewer rounds
-(at least three), since it is to be over in a minute; windows share the quiet steps between them then.
+has them all. Ratios are of medians. `--quick` is to be over in a minute: half the parameters, DCP's threads beside short
+steps only, no `limit_...`, and on a slow disk fewer rounds (at least three); windows share the quiet steps between them then.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 CPU_PARAMETERS, CUDA_PARAMETERS = 100_000_000, 1_000_000_000
 BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments, four bytes each
+QUICK_SHARE = 2
+"""With --quick: one parameter in so many."""
 COPIES_ON_DISK, COPIES_IN_MEMORY = 10, 11
 LINK_BYTES_PER_SECOND = 1.25e9
 """10 Gbit/s, as cloud machines of a few cores have it; loopback has several times as much."""
@@ -77,7 +79,7 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="the local disk's rows only, in about a minute")
     options.add_argument("--rounds", type=int, default=9, help="how often each is measured (default 9)")
-    options.add_argument("--parameters", type=int, help="of the model (default 100 M, 1,000 M on a GPU)")
+    options.add_argument("--parameters", type=int, help="of the model (default 100 M, 1,000 M on a GPU; with --quick half)")
     options.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one's)")
     options.add_argument("--result", type=Path, default=RESULT, help=argparse.SUPPRESS)
     given = options.parse_args()
@@ -111,7 +113,7 @@ def measure(parameters: int | None, rounds: int, quick: bool, parent: Path | Non
     from benchmarks.support import limits, phases
 
     cuda = torch.cuda.is_available()
-    parameters = parameters or (CUDA_PARAMETERS if cuda else CPU_PARAMETERS)
+    parameters = parameters or (CUDA_PARAMETERS if cuda else CPU_PARAMETERS) // (QUICK_SHARE if quick else 1)
     torch.set_num_threads(1)
     with workplace(parent, parameters * BYTES_PER_PARAMETER) as folder, limits.shared_huge_pages() as huge_pages:
         setting = phases.Setting(
@@ -307,7 +309,7 @@ def cases_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def not_measured(setting: Any, found: Mapping[str, Any], quick: bool) -> list[str]:
     missing = []
     if quick:
-        missing += ["S3 (--quick)", "DCP but for its threads, in steps of 2 ms (--quick)"]
+        missing += ["S3, and the limits (--quick)", "DCP but for its threads, in steps of 2 ms (--quick)"]
     if setting.device == "cpu":
         missing.append("CUDA: no GPU here")
     if "missing" in found["low_memory"]:

@@ -180,6 +180,18 @@ def open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags & ~os.O_EXCL, 0o644)
 
 
+def read_once(path: Path) -> None:
+    """Past the page cache, and through one small buffer."""
+    file = open_direct(path, os.O_RDONLY)
+    try:
+        with mmap.mmap(-1, PIECE_BYTES) as buffer:
+            place = 0
+            while got := os.preadv(file, [buffer], place):
+                place += got
+    finally:
+        os.close(file)
+
+
 def drop_pages(folder: Path) -> None:
     """Out of the page cache with a file, or all files below a folder."""
     for path in [folder] if folder.is_file() else [one for one in folder.rglob("*") if one.is_file()]:

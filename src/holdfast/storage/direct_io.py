@@ -20,15 +20,16 @@ from holdfast.storage.protocol import Data
 BLOCK_BYTES = 4096
 SMALLEST_BYTES = 1024 * 1024
 STAGED_BYTES = 16 * 1024 * 1024
-UNDER_WAY = 2
+BUFFERS = 2
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
 
 
 def write_chunks(file: int, chunks: Iterable[Data]) -> int:
     """Write them one after another from the file's beginning; how many bytes they were.
 
-    A large one is on its way to the disk while the next are being made. The disk takes it from where it lies, if it can: it
-    must stay as it is then.
+    Large ones are on their way to the disk while the next are being made, however many: whoever sums them up is through
+    soon, and then leaves the memory's whole speed to others. The disk takes a large one from where it lies, if it can: it must
+    stay as it is.
     """
     written = 0
     with _Writer(file) as writer:
@@ -71,8 +72,9 @@ class _Writer:
             self._write(blocks)
             return
         for start in range(0, len(blocks), STAGED_BYTES):
-            self._make_room()
-            if len(self._buffers) < UNDER_WAY:
+            while len(self._writing) >= BUFFERS:
+                self._writing.popleft().result()
+            if len(self._buffers) < BUFFERS:
                 self._buffers.append(huge_buffer(STAGED_BYTES))
             else:
                 self._buffers.append(self._buffers.pop(0))
@@ -82,13 +84,8 @@ class _Writer:
             self._write(buffer)
 
     def _write(self, blocks: memoryview) -> None:
-        self._make_room()
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
         self._writing.append(self._pool.submit(_write, self._file, blocks, direct=True))
-
-    def _make_room(self) -> None:
-        if len(self._writing) == UNDER_WAY:
-            self._writing.popleft().result()
 
     def settle(self) -> None:
         """Wait until all is written. Raises OSError."""

@@ -79,7 +79,9 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.splitlines()[0])
     options.add_argument("--quick", action="store_true", help="the local disk's rows only, in about a minute")
     options.add_argument("--rounds", type=int, default=9, help="how often each is measured (default 9)")
-    options.add_argument("--parameters", type=int, help="of the model (default 100 M, 1,000 M on a GPU; with --quick half)")
+    options.add_argument(
+        "--parameters", type=int, help="of the model (default 100 M, 1,000 M on a GPU; with --quick half)"
+    )
     options.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one's)")
     options.add_argument("--result", type=Path, default=RESULT, help=argparse.SUPPRESS)
     given = options.parse_args()

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -76,6 +77,13 @@ def test_what_was_put_is_got_and_may_be_replaced(store: ObjectStore) -> None:
     assert store.get("runs/a/weights") == b"two!"
     store.put("runs/a/weights", b"")
     assert store.get("runs/a/weights") == b""
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_pieces_with_their_sums_make_one_object(store: ObjectStore, count: int) -> None:
+    pieces = [os.urandom(5 << 20) for _ in range(count)] + [b"the end"]
+    store.put_summed("image", ((memoryview(piece), crc32(piece)) for piece in pieces))
+    assert store.get("image") == b"".join(pieces)
 
 
 def test_memory_of_any_element_size_is_written_byte_by_byte(store: ObjectStore) -> None:

@@ -25,13 +25,14 @@ class S3Emulator:
     moto keeps its state in the process: another emulator of this process sees the same buckets.
     """
 
-    def __init__(self, *buckets: str) -> None:
-        self._buckets = buckets
+    def __init__(self, *buckets: str, certificate: tuple[str, str] | None = None) -> None:
+        """`certificate`: files of it and of its key, to be spoken to by TLS."""
+        self._buckets, self._certificate = buckets, certificate
         # moto looks whether a key is free, then writes: of two at once both would win. One write at a time, then.
         app = _OneWriteAtATime(DomainDispatcherApplication(create_backend_app))
-        self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet)
+        self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet, ssl_context=certificate)
         self._server.daemon_threads = True  # type: ignore[attr-defined]
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.endpoint = f"{'https' if certificate else 'http'}://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True, name="s3").start()
@@ -50,7 +51,9 @@ class S3Emulator:
 
     def client(self) -> Any:
         """boto3's, to look at what is really there."""
-        return self.session().client("s3", endpoint_url=self.endpoint)
+        return self.session().client(
+            "s3", endpoint_url=self.endpoint, verify=self._certificate[0] if self._certificate else None
+        )
 
     def session(self) -> boto3.Session:
         return boto3.Session(aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY, region_name=REGION)

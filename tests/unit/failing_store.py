@@ -38,6 +38,9 @@ class FailingStore:
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
         self._pass_on("put", key, data)
 
+    def put_summed(self, key: str, pieces: Iterable[tuple[Data, int]]) -> None:
+        self.put(key, (data for data, _ in pieces))
+
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         self._pass_on("create", key, data)
 

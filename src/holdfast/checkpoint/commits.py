@@ -102,13 +102,13 @@ class Checkpoints:
         `wait_for(stop)`: called before the bytes below `stop` are looked at; what it raises ends the writing, and there is
         no such object.
         """
-        sums: list[str] = []
+        sums: list[int] = []
         stored: list[int] = []
 
-        def noted(piece: memoryview, data: Data) -> Data:
-            sums.append(f"{crc32(piece):08x}")  # just before it is sent: the processor's cache still has it then
+        def noted(piece: memoryview, data: Data) -> tuple[Data, int]:
+            sums.append(crc32(piece))  # just before it is sent: the processor's cache still has it then
             stored.append(len(data))
-            return data
+            return data, sums[-1]
 
         def cut() -> Iterator[memoryview]:
             for start in range(0, len(image), PIECE_BYTES):
@@ -118,9 +118,12 @@ class Checkpoints:
 
         pieces, name = cut(), name + COMPRESSED if compressed else name
         with ThreadPoolExecutor(COMPRESSORS, thread_name_prefix="holdfast-compress") as pool:
-            pairs = _compressed(pieces, pool) if compressed else ((piece, piece) for piece in pieces)
-            self._store.put(f"{self._prefix}{checkpoint}/{name}", (noted(*pair) for pair in pairs))
-        entry = {"size_bytes": sum(stored), "piece_bytes": PIECE_BYTES, "crc32": sums}
+            key = f"{self._prefix}{checkpoint}/{name}"
+            if compressed:  # the sums are of what is inside
+                self._store.put(key, (noted(*pair)[0] for pair in _compressed(pieces, pool)))
+            else:
+                self._store.put_summed(key, (noted(piece, piece) for piece in pieces))
+        entry = {"size_bytes": sum(stored), "piece_bytes": PIECE_BYTES, "crc32": [f"{one:08x}" for one in sums]}
         if compressed:
             entry |= {"encoding": compression.ENCODING, "image_bytes": len(image), "stored_bytes": stored}
         return {name: entry}

@@ -132,9 +132,7 @@ def ask_store(method: str, url: str, sink: Any = None, body: bytes = b"") -> Non
 
 
 def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body: bytes) -> tuple[str, str, dict]:
-    """Role, address and headers, signed: https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
-    import hmac
-
+    """Role, address and headers, signed."""
     role, credentials = aws_identity(options.get("role", ""))
     region, path = options.get("region", "us-east-1"), "/" + quote(key, safe="/-_.~")
     if options.get("endpoint"):
@@ -146,16 +144,26 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
         else:
             base = f"https://{bucket}.{domain}"
     address, path = base + path, urlsplit(base).path + path
-    now, payload = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), hashlib.sha256(body).hexdigest()
-    headers = {
-        "host": urlsplit(base).netloc,
-        "x-amz-content-sha256": payload,
-        "x-amz-date": now,
-        "x-amz-security-token": credentials["Token"],
-    }
+    headers = {"host": urlsplit(base).netloc, "x-amz-content-sha256": hashlib.sha256(body).hexdigest()}
+    sign(method, path, "", headers, region, credentials)
+    if method == "PUT":
+        headers["if-none-match"] = "*"
+    return role, address, headers
+
+
+def sign(method: str, path: str, query: str, headers: dict, region: str, credentials: dict) -> None:
+    """Add the signature to `headers`, which are all signed. https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+
+    `path` and `query` as they are sent, the query's names in their order.
+    """
+    import hmac
+
+    headers["x-amz-date"] = now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    if credentials.get("Token"):
+        headers["x-amz-security-token"] = credentials["Token"]
     names, scope = ";".join(sorted(headers)), f"{now[:8]}/{region}/s3/aws4_request"
-    lines = [method, path, "", *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names, payload]
-    request = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = [method, path, query, *(f"{name}:{headers[name]}" for name in sorted(headers)), "", names]
+    request = hashlib.sha256("\n".join([*lines, headers["x-amz-content-sha256"]]).encode()).hexdigest()
     signature = ("AWS4" + credentials["SecretAccessKey"]).encode()
     for part in [*scope.split("/"), f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{request}"]:
         signature = hmac.new(signature, part.encode(), hashlib.sha256).digest()
@@ -163,9 +171,6 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
         f"AWS4-HMAC-SHA256 Credential={credentials['AccessKeyId']}/{scope}, "
         f"SignedHeaders={names}, Signature={signature.hex()}"
     )
-    if method == "PUT":
-        headers["if-none-match"] = "*"
-    return role, address, headers
 
 
 def gs_request(method: str, bucket: str, key: str, options: dict[str, str]) -> tuple[str, str, dict]:

@@ -27,8 +27,9 @@ class Address:
     """`s3://bucket/prefix?region=eu-west-1&endpoint=https://host` or `gs://bucket/prefix?endpoint=...`.
 
     `endpoint`: of another server that speaks the protocol (MinIO, R2, a private endpoint). `checksum`: the one that S3
-    verifies every upload by, of CHECKSUMS (default crc64nvme, S3's own; `sha256` signs the body too). `role`: the ARN of a role of AWS's that machines of Google's take on
-    by the identity of their service account.
+    verifies every upload by, of CHECKSUMS (`sha256` signs the body too); without it, images are verified by the CRC-32 that
+    their manifest keeps, and the rest by S3's own crc64nvme. `role`: the ARN of a role of AWS's that machines of Google's
+    take on by the identity of their service account.
     """
 
     scheme: str

@@ -6,22 +6,27 @@ Why obstore, and what it does not do by itself: docs/decisions/0001-object-store
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 import mmap
+import os
 import random
 import secrets
+import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, TypeVar
 
 from holdfast.errors import AlreadyExistsError, ConfigError, CredentialsError, NotFoundError, TransientError
 from holdfast.storage.address import Address
-from holdfast.storage.cloud_clients import check_process, client
+from holdfast.storage.cloud_clients import check_process, client, signing_keys
 from holdfast.storage.cloud_errors import code_of, status_of, translated
 from holdfast.storage.interruptible import interruptible
 from holdfast.storage.keys import check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
+from holdfast.storage.s3_parts import Keys, RefusedError, S3Parts
 
 PART_BYTES = 16 * 1024 * 1024
 PARTS_AT_ONCE = 8
@@ -59,6 +64,10 @@ class CloudStore:
         """What it was opened with: other places of the same cloud are opened with it too."""
         self._retry_seconds, self._part_bytes = retry_seconds, part_bytes
         self._client = client(address, credentials, retry_seconds)
+        self._keys: Keys | None = None
+        """With them, images go to S3 without obstore."""
+        if address.scheme == "s3" and "checksum" not in address.options:
+            self._keys = signing_keys(address, credentials, os.environ)
 
     @interruptible
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
@@ -96,6 +105,65 @@ class CloudStore:
             if code_of(error) == "NoSuchUpload" and self._wrote(key, path, writer):
                 return
             raise
+
+    @interruptible
+    def put_summed(self, key: str, pieces: Iterable[tuple[Data, int]]) -> None:
+        """On S3, what is more than one piece goes in parts that are verified by the sums given, a part a piece."""
+        path, pieces = self._path(key), iter(pieces)
+        begun = list(itertools.islice(pieces, 2))
+        pieces = itertools.chain(begun, pieces)
+        if len(begun) == 2 and self._keys:
+            with S3Parts(self._address, self._keys) as parts:
+                if upload := self._begin(key, path, parts):
+                    self._put_parts(key, path, parts, upload, pieces)
+                    return
+        self.put(key, (data for data, _ in pieces))
+
+    def _begin(self, key: str, path: str, parts: S3Parts) -> _Upload | None:
+        writer = secrets.token_hex(8)
+
+        def attempt() -> _Upload | None:
+            try:
+                return _Upload(parts.begin(path, {WRITER: writer}), writer)
+            except ssl.SSLCertVerificationError as error:
+                # obstore looks for authorities where Python does not.
+                log.warning("store=%s this Python trusts no certificate of it; by obstore then: %s", self.url, error)
+                self._keys = None
+                return None
+
+        return self._persist("put", key, attempt)
+
+    def _put_parts(
+        self, key: str, path: str, parts: S3Parts, upload: _Upload, pieces: Iterable[tuple[Data, int]]
+    ) -> None:
+        sent: list[tuple[Future[str], int]] = []
+        under_way: set[Future[str]] = set()
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-put") as pool:
+                for number, (data, crc32) in enumerate(pieces, 1):
+                    if number > MAX_PARTS:
+                        raise ConfigError(f"{key}: an object may have {MAX_PARTS} parts here; write it as several")
+                    if len(under_way) == PARTS_AT_ONCE:
+                        done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                        for one in done:
+                            one.result()
+                    put = functools.partial(parts.put, path, upload.name, number, data, crc32)
+                    sent.append((pool.submit(self._persist, "put", key, put), crc32))
+                    under_way.add(sent[-1][0])
+                tags = [(one.result(), crc32) for one, crc32 in sent]
+            self._persist("put", key, lambda: self._finish(key, path, parts, upload, tags))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                parts.abort(path, upload.name)
+            raise
+
+    def _finish(self, key: str, path: str, parts: S3Parts, upload: _Upload, tags: Sequence[tuple[str, int]]) -> None:
+        try:
+            parts.finish(path, upload.name, tags)
+        except RefusedError as error:
+            # The answer was lost, and asked again, the store knows no such upload.
+            if code_of(error) != "NoSuchUpload" or not self._wrote(key, path, upload.writer):
+                raise
 
     @interruptible
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
@@ -248,6 +316,12 @@ class CloudStore:
 
         with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-read") as pool:
             return b"".join(pool.map(read, range(start, end, self._part_bytes)))
+
+
+class _Upload(NamedTuple):
+    name: str
+    """S3's id of it."""
+    writer: str
 
 
 class _SourceError(Exception):

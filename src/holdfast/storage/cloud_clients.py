@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import ConfigError
+from holdfast.errors import ConfigError, CredentialsError
 from holdfast.storage.address import Address
+from holdfast.storage.s3_parts import CONNECT_SECONDS, REQUEST_SECONDS, Keys, is_behind_proxy
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
 
 OLDEST_OBSTORE = "0.12"
-CONNECT_SECONDS = 5.0
-REQUEST_SECONDS = 60.0
-"""One part of 16 MB must be through in this time, so 3 Mbit/s for each of the connections."""
 CREDENTIALS_SECONDS = 300.0
 """So long obstore keeps what a session gave. botocore renews 10 to 15 minutes before the end, in time for this."""
 NATIVE = (
@@ -26,6 +25,8 @@ NATIVE = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
+Provider = Callable[[], dict[str, Any]]
+"""As obstore wants it: access_key_id, secret_access_key, token, expires_at."""
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -100,17 +101,78 @@ def _s3_options(address: Address, credentials: Any, environment: Mapping[str, st
     metadata = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
     if metadata and not environment.get("AWS_METADATA_ENDPOINT"):
         options["metadata_endpoint"] = metadata.rstrip("/")
-    role = address.options.get("role", "")
-    if role and not credentials and environment.get("HOLDFAST_CLOUD") == "gcp":
-        options["credential_provider"] = _from_web_identity(role)
-        return options
-    session = credentials or _profile_session(environment)
-    if session:
-        options["credential_provider"] = _from_session(session)
+    if provider := _provider(address, credentials, environment):
+        options["credential_provider"] = provider
     return options
 
 
-def _from_session(session: Any) -> Callable[[], dict[str, Any]]:
+def signing_keys(address: Address, credentials: Any, environment: Mapping[str, str]) -> Keys | None:
+    """What requests to S3 that are not obstore's are signed with; None where it alone finds credentials (a container's, a
+    cluster's), and where it alone knows the way (a proxy).
+    """
+    if is_behind_proxy(address):
+        return None
+    if provide := _provider(address, credentials, environment) or _from_machine(environment):
+        return _Kept(provide)
+    key, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
+    if not key or not secret:
+        return None
+    found = {"AccessKeyId": key, "SecretAccessKey": secret, "Token": environment.get("AWS_SESSION_TOKEN", "")}
+    return lambda: found
+
+
+class _Kept:
+    """Keys, until shortly before they end."""
+
+    def __init__(self, provide: Provider) -> None:
+        self._provide, self._lock = provide, threading.Lock()
+        self._found: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, str]:
+        with self._lock:
+            now = datetime.now(UTC)
+            if not self._found or now > self._found["expires_at"] - timedelta(seconds=CREDENTIALS_SECONDS):
+                try:
+                    self._found = self._provide()
+                except Exception as error:
+                    raise CredentialsError(f"no credentials for S3: {error}") from error
+            found = self._found
+        return {
+            "AccessKeyId": found["access_key_id"],
+            "SecretAccessKey": found["secret_access_key"],
+            "Token": found["token"] or "",
+        }
+
+
+def _provider(address: Address, credentials: Any, environment: Mapping[str, str]) -> Provider | None:
+    """Of what obstore does not find by itself."""
+    role = address.options.get("role", "")
+    if role and not credentials and environment.get("HOLDFAST_CLOUD") == "gcp":
+        return _from_web_identity(role)
+    session = credentials or _profile_session(environment)
+    return _from_session(session) if session else None
+
+
+def _from_machine(environment: Mapping[str, str]) -> Provider | None:
+    """By the role of a machine of AWS's."""
+    if environment.get("HOLDFAST_CLOUD") != "aws" or any(environment.get(name) for name in NATIVE):
+        return None
+    from holdfast.runtime.fetch import aws_identity
+
+    return lambda: _given(aws_identity()[1])
+
+
+def _given(keys: Mapping[str, str]) -> dict[str, Any]:
+    """AWS's words in obstore's."""
+    return {
+        "access_key_id": keys["AccessKeyId"],
+        "secret_access_key": keys["SecretAccessKey"],
+        "token": keys["Token"],
+        "expires_at": datetime.fromisoformat(keys["Expiration"]),
+    }
+
+
+def _from_session(session: Any) -> Provider:
     """A boto3 or botocore session as obstore's credential provider. Raises ConfigError when it has no credentials."""
     found = session.get_credentials()
     if found is None:
@@ -128,20 +190,11 @@ def _from_session(session: Any) -> Callable[[], dict[str, Any]]:
     return provide
 
 
-def _from_web_identity(role: str) -> Callable[[], dict[str, Any]]:
+def _from_web_identity(role: str) -> Provider:
     """On a machine of Google's: its service account's identity for a role of AWS's, and again before that ends."""
     from holdfast.runtime.fetch import web_identity
 
-    def provide() -> dict[str, Any]:
-        given = web_identity(role)
-        return {
-            "access_key_id": given["AccessKeyId"],
-            "secret_access_key": given["SecretAccessKey"],
-            "token": given["Token"],
-            "expires_at": datetime.fromisoformat(given["Expiration"]),
-        }
-
-    return provide
+    return lambda: _given(web_identity(role))
 
 
 def _profile_session(environment: Mapping[str, str]) -> Any:

@@ -43,6 +43,9 @@ class DirectoryStore:
             os.replace(staged, path)
             _sync_folder(path.parent)
 
+    def put_summed(self, key: str, pieces: Iterable[tuple[Data, int]]) -> None:
+        self.put(key, (data for data, _ in pieces))
+
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         path = self._path(key)
         if os.path.exists(path):  # spares the writing; unlike Path.exists it never raises

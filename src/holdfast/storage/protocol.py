@@ -25,6 +25,11 @@ class ObjectStore(Protocol):
         Raises TransientError when the store can't take it now (full, unreachable).
         """
 
+    def put_summed(self, key: str, pieces: Iterable[tuple[Data, int]]) -> None:
+        """The same, of pieces whose CRC-32 (RFC 1952) is known, all but the last one of 5 MiB or more: a store that can verifies
+        by it what has arrived.
+        """
+
     def create(self, key: str, data: Data | Iterable[Data]) -> None:
         """Write only if the key is free; of two at once, one wins. Raises AlreadyExistsError, TransientError."""
 

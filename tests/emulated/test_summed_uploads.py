@@ -1,0 +1,406 @@
+"""Images on their way to S3: parts that S3 verifies by the sums of the manifest, behind a network that fails."""
+
+from __future__ import annotations
+
+import base64
+import math
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import boto3
+import botocore.credentials
+import botocore.session
+import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from holdfast.drivers.local.metadata import Facts, serve
+from holdfast.errors import ConfigError, CredentialsError, TransientError
+from holdfast.storage import cloud_clients, s3_parts
+from holdfast.storage.address import Address
+from holdfast.storage.cloud import PARTS_AT_ONCE, CloudStore
+from tests.emulated.object_stores import ACCESS_KEY, SECRET_KEY, S3Emulator
+from tests.emulated.wire import Request, Wire
+
+BUCKET = "summed"
+PIECE_BYTES = 5 * 1024 * 1024
+"""The smallest part that S3 takes."""
+PATH = "p/image é.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def key_in_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+
+@pytest.fixture
+def s3() -> Iterator[S3Emulator]:
+    with S3Emulator(BUCKET) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def wire(s3: S3Emulator) -> Iterator[Wire]:
+    with Wire(s3.endpoint) as between:
+        yield between
+
+
+def opened(
+    s3: S3Emulator, endpoint: str, credentials: Any = None, retry_seconds: float = 20.0, more: str = ""
+) -> CloudStore:
+    address = Address.parse(s3.url(BUCKET, "p", endpoint) + more)
+    return CloudStore(address, credentials, retry_seconds=retry_seconds, part_bytes=PIECE_BYTES)
+
+
+def some_pieces(count: int = 3, seed: int = 0) -> list[bytes]:
+    """All but the last as large as a part."""
+    draw = random.Random(seed)
+    return [draw.randbytes(PIECE_BYTES if number < count - 1 else 1000) for number in range(count)]
+
+
+def summed(pieces: list[bytes]) -> Iterator[tuple[bytes, int]]:
+    for piece in pieces:
+        yield piece, crc32(piece)
+
+
+def key() -> str:
+    return PATH.removeprefix("p/")
+
+
+def of(action: str) -> Callable[[Request], bool]:
+    return lambda request: request.action == action
+
+
+# -- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_every_part_carries_the_sum_it_was_given_with_and_nothing_else_is_summed_up(s3: S3Emulator, wire: Wire) -> None:
+    pieces = some_pieces(4)
+    opened(s3, wire.url).put_summed(key(), summed(pieces))
+    parts = sorted((one for one in wire.requests if one.action == "UploadPart"), key=lambda one: one.path)
+    assert [one.headers["x-amz-checksum-crc32"] for one in parts] == [
+        base64.b64encode(crc32(piece).to_bytes(4, "big")).decode() for piece in pieces
+    ]
+    begin = next(one for one in wire.requests if one.action == "CreateMultipartUpload")
+    assert begin.headers["x-amz-checksum-algorithm"] == "CRC32"
+    finish = next(one for one in wire.requests if one.action == "CompleteMultipartUpload")
+    for part in parts:
+        assert f"<ChecksumCRC32>{part.headers['x-amz-checksum-crc32']}</ChecksumCRC32>".encode() in finish.body
+    assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+@pytest.mark.parametrize("token", ["", "a token/of+some=hours"])
+def test_its_requests_are_signed_as_botocore_signs_them(
+    s3: S3Emulator, wire: Wire, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    if token:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    opened(s3, wire.url).put_summed(key(), summed(some_pieces()))
+    signer = S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY, token or None), "s3", "us-east-1")
+    signed = [
+        one for one in wire.requests if one.action in ("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload")
+    ]
+    assert len(signed) == 5
+    for one in signed:
+        names = one.headers["authorization"].partition("SignedHeaders=")[2].partition(",")[0].split(";")
+        request = AWSRequest(one.method, wire.url + one.path, headers={name: one.headers[name] for name in names})
+        request.context["timestamp"] = one.headers["x-amz-date"]
+        text = signer.string_to_sign(request, signer.canonical_request(request))
+        assert one.headers["authorization"].endswith("Signature=" + signer.signature(text, request))
+        assert one.headers.get("x-amz-security-token", "") == token
+        assert {name for name in one.headers if name.startswith("x-amz-")} <= set(names)
+
+
+def test_a_single_piece_is_one_request(s3: S3Emulator, wire: Wire) -> None:
+    opened(s3, wire.url).put_summed(key(), summed([b"little"]))
+    assert dict(wire.calls()) == {"PutObject": 1}
+    opened(s3, wire.url).put_summed(key(), iter([]))
+    assert s3.contents(BUCKET) == {PATH: b""}
+
+
+@pytest.mark.parametrize("checksum", ["sha256", "crc64nvme", "none"])
+def test_a_checksum_that_the_url_names_is_the_one_that_is_sent(s3: S3Emulator, wire: Wire, checksum: str) -> None:
+    opened(s3, wire.url, more=f"&checksum={checksum}").put_summed(key(), summed(some_pieces()))
+    sent = {name for one in wire.requests for name in one.headers if name.startswith("x-amz-checksum-")}
+    assert sent - {"x-amz-checksum-algorithm"} == (set() if checksum == "none" else {f"x-amz-checksum-{checksum}"})
+
+
+def test_pieces_are_sent_while_they_are_made_not_gathered_first(s3: S3Emulator, wire: Wire) -> None:
+    waiting = []
+
+    def pieces() -> Iterator[tuple[bytes, int]]:
+        for number in range(2 * PARTS_AT_ONCE):
+            waiting.append(number - wire.calls()["UploadPart"])
+            piece = bytes([number]) * PIECE_BYTES
+            yield piece, crc32(piece)
+
+    opened(s3, wire.url).put_summed(key(), pieces())
+    assert max(waiting) <= PARTS_AT_ONCE + 3
+
+
+# -- a network that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"])
+@pytest.mark.parametrize("kind", ["lost", "reset", "error", "throttle", "cut"])
+def test_it_survives_one_failure_anywhere(s3: S3Emulator, wire: Wire, action: str, kind: str) -> None:
+    pieces = some_pieces()
+    fault = wire.inject(kind, when=of(action))  # type: ignore[arg-type]
+    opened(s3, wire.url).put_summed(key(), summed(pieces))
+    assert fault.hits == 1
+    assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_fifth_of_all_calls_failing_everything_arrives(s3: S3Emulator, wire: Wire, seed: int) -> None:
+    wire.probability, wire._random = 0.2, random.Random(seed)
+    store = opened(s3, wire.url, retry_seconds=30)
+    for number in range(12):
+        pieces = some_pieces(seed=number)
+        store.put_summed(key(), summed(pieces))
+        assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+    assert sum(bool(request.fault) for request in wire.requests) > 3
+
+
+def test_a_part_damaged_on_its_way_is_sent_again(s3: S3Emulator, wire: Wire) -> None:
+    pieces = some_pieces()
+    body = b"<Error><Code>BadDigest</Code><Message>The CRC32 you specified did not match</Message></Error>"
+    wire.inject("error", when=of("UploadPart"), status=400, body=body)
+    opened(s3, wire.url).put_summed(key(), summed(pieces))
+    assert wire.calls()["UploadPart"] == len(pieces) + 1
+    assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+def test_an_error_that_comes_with_status_200_is_an_error(s3: S3Emulator, wire: Wire) -> None:
+    """https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html"""
+    pieces = some_pieces()
+    body = b'<?xml version="1.0"?>\n<Error><Code>InternalError</Code><Message>try again</Message></Error>'
+    wire.inject("error", when=of("CompleteMultipartUpload"), status=200, body=body)
+    opened(s3, wire.url).put_summed(key(), summed(pieces))
+    assert wire.calls()["CompleteMultipartUpload"] == 2
+    assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+def test_an_upload_that_another_ended_is_no_success(s3: S3Emulator, wire: Wire) -> None:
+    """What is there is another's."""
+    store = opened(s3, wire.url, retry_seconds=0.5)
+    store.put(key(), b"another's")
+    body = b"<Error><Code>NoSuchUpload</Code><Message>.</Message></Error>"
+    wire.inject("error", when=of("CompleteMultipartUpload"), count=math.inf, status=404, body=body)
+    with pytest.raises(TransientError, match="NoSuchUpload"):
+        store.put_summed(key(), summed(some_pieces()))
+    assert s3.contents(BUCKET) == {PATH: b"another's"}
+
+
+def test_a_store_that_throttles_for_long_is_transient_within_the_time_given(s3: S3Emulator, wire: Wire) -> None:
+    wire.inject("throttle", when=of("UploadPart"), count=math.inf)
+    began = time.monotonic()
+    with pytest.raises(TransientError, match="SlowDown"):
+        opened(s3, wire.url, retry_seconds=0.5).put_summed(key(), summed(some_pieces(2 * PARTS_AT_ONCE)))
+    assert time.monotonic() - began < 5
+    assert wire.calls()["UploadPart"] < 6 * PARTS_AT_ONCE  # the later pieces were not even begun
+    assert s3.contents(BUCKET) == {} and s3.unfinished_uploads(BUCKET) == 0
+
+
+def test_a_source_that_fails_late_leaves_no_part_that_costs_money(s3: S3Emulator, wire: Wire) -> None:
+    def pieces() -> Iterator[tuple[bytes, int]]:
+        yield from summed(some_pieces()[:2])
+        raise FileNotFoundError("the snapshot is gone")
+
+    store = opened(s3, wire.url)
+    store.put(key(), b"whole")
+    with pytest.raises(FileNotFoundError, match="snapshot is gone"):
+        store.put_summed(key(), pieces())
+    assert s3.contents(BUCKET) == {PATH: b"whole"}
+    assert s3.unfinished_uploads(BUCKET) == 0
+
+
+def test_a_store_out_of_reach_says_why(s3: S3Emulator) -> None:
+    with pytest.raises(TransientError, match="Connection refused"):
+        opened(s3, "http://127.0.0.1:9", retry_seconds=0.3).put_summed(key(), summed(some_pieces()))
+
+
+def test_what_a_server_says_before_it_hangs_up_in_the_middle_of_a_part_is_heard(s3: S3Emulator) -> None:
+    said = b"<Error><Code>AccessDenied</Code><Message>not you</Message></Error>"
+    answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(said), said)
+    begun = b"<UploadId>1</UploadId>"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve_all() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                if b"uploads" in connection.recv(65536).partition(b"\r\n")[0]:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(begun), begun))
+                    threading.Thread(
+                        target=lambda one=connection: (one.recv(65536), one.sendall(answer), hang_up(one))
+                    ).start()
+                else:
+                    connection.sendall(answer)
+                    hang_up(connection)
+
+        def hang_up(connection: socket.socket) -> None:
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(0.2)
+            connection.close()  # with data unread: the client's next bytes are answered by a reset
+
+        threading.Thread(target=serve_all, daemon=True).start()
+        store = opened(s3, f"http://127.0.0.1:{listener.getsockname()[1]}", retry_seconds=5)
+        with pytest.raises(ConfigError, match="s3:PutObject"):
+            store.put_summed(key(), summed(some_pieces()))
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+# -- who signs --------------------------------------------------------------------------------------------------------
+
+
+def on_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOLDFAST_CLOUD", "aws")
+
+
+def key_id(request: Request) -> str:
+    return request.headers["authorization"].partition("Credential=")[2].partition("/")[0]
+
+
+def test_a_session_is_asked_again_so_that_renewed_keys_are_used(
+    s3: S3Emulator, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    given = []
+
+    def renew() -> dict[str, str]:
+        given.append(f"KEY{len(given)}")
+        expiry = datetime.now(UTC) + timedelta(minutes=20 if len(given) > 1 else 5)  # botocore renews the first at once
+        return {"access_key": given[-1], "secret_key": "s", "token": "t", "expiry_time": expiry.isoformat()}
+
+    session = botocore.session.Session()
+    session._credentials = botocore.credentials.RefreshableCredentials.create_from_metadata(renew(), renew, "test")
+    store = opened(s3, wire.url, boto3.Session(botocore_session=session))
+    store.put_summed(key(), summed(some_pieces()))
+    assert {key_id(one) for one in wire.requests} == {"KEY1"}
+
+
+@pytest.mark.parametrize("minutes", [60, 2])
+def test_a_machine_signs_by_its_role_and_asks_for_it_again_before_its_keys_end(
+    s3: S3Emulator, wire: Wire, monkeypatch: pytest.MonkeyPatch, minutes: int
+) -> None:
+    on_a_machine(monkeypatch)
+    asked = []
+
+    def identity(role: str = "") -> tuple[str, dict[str, str]]:
+        asked.append(role)
+        expiration = (datetime.now(UTC) + timedelta(minutes=minutes)).isoformat()
+        return "role", {"AccessKeyId": "ROLES", "SecretAccessKey": "s", "Token": "t", "Expiration": expiration}
+
+    monkeypatch.setattr("holdfast.runtime.fetch.aws_identity", identity)
+    store = opened(s3, wire.url)
+    for _ in range(2):
+        store.put_summed(key(), summed(some_pieces()))
+    parts = [one for one in wire.requests if one.action == "UploadPart"]
+    assert {(key_id(one), one.headers["x-amz-security-token"]) for one in parts} == {("ROLES", "t")}
+    assert len(asked) == 1 if minutes == 60 else len(asked) >= 10  # once for every request
+
+
+def test_a_machines_role_comes_from_its_metadata(s3: S3Emulator, wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch)
+    server = serve(Facts("i-1", "aws", "us-east-1a", "us-east-1", "c7i.large", ""))
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
+    try:
+        pieces = some_pieces()
+        opened(s3, wire.url).put_summed(key(), summed(pieces))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert any("x-amz-checksum-crc32" in one.headers for one in wire.requests)
+    assert s3.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+def test_without_a_role_it_is_said_that_credentials_are_missing(
+    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_machine(monkeypatch)
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("holdfast.runtime.fetch.ROLE_PAUSES", (0.01,))
+    with pytest.raises(CredentialsError, match="metadata service"):
+        opened(s3, s3.endpoint).put_summed(key(), summed(some_pieces()))
+
+
+@pytest.mark.parametrize("where", ["a container's role", "a proxy"])
+def test_where_only_obstore_knows_the_way_it_goes_by_obstore(
+    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    address = Address.parse(s3.url(BUCKET, "p"))
+    assert cloud_clients.signing_keys(address, None, environment)
+    if where == "a proxy":
+        monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+    else:
+        environment = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/role"}
+    assert cloud_clients.signing_keys(address, None, environment) is None
+
+
+# -- certificates -----------------------------------------------------------------------------------------------------
+
+
+def test_a_store_whose_certificate_this_python_trusts_not_is_left_to_obstore(
+    s3: S3Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate = self_signed(tmp_path)
+    with S3Emulator(BUCKET, certificate=certificate) as secure:
+        store = opened(secure, secure.endpoint, retry_seconds=0.3)
+        with pytest.raises(TransientError):
+            store.put_summed(key(), summed(some_pieces()))  # nor does obstore trust it
+        assert "by obstore then" in caplog.text
+
+        monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+        s3_parts._tls.cache_clear()
+        try:
+            pieces = some_pieces()
+            opened(secure, secure.endpoint, retry_seconds=5).put_summed(key(), summed(pieces))
+        finally:
+            s3_parts._tls.cache_clear()
+        assert secure.contents(BUCKET) == {PATH: b"".join(pieces)}
+
+
+def self_signed(folder: Path) -> tuple[str, str]:
+    """Files of a certificate for 127.0.0.1 and of its key."""
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    certificate, key_file = folder / "certificate.pem", folder / "key.pem"
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return str(certificate), str(key_file)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import random
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from zlib import crc32
 
 import boto3
@@ -33,12 +38,13 @@ from tests.emulated.wire import Request, Wire
 BUCKET = "summed"
 PIECE_BYTES = 5 * 1024 * 1024
 """The smallest part that S3 takes."""
+PROXIES = [name for one in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for name in (one, one.upper())]
 PATH = "p/image é.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def key_in_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "HTTP_PROXY", "http_proxy"):
+    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", *PROXIES):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
@@ -55,6 +61,18 @@ def s3() -> Iterator[S3Emulator]:
 def wire(s3: S3Emulator) -> Iterator[Wire]:
     with Wire(s3.endpoint) as between:
         yield between
+
+
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """trusting(FILE): Python trusts that certificate."""
+
+    def trust(certificate: str) -> None:
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        s3_parts._tls.cache_clear()
+
+    yield trust
+    s3_parts._tls.cache_clear()
 
 
 def opened(
@@ -232,37 +250,167 @@ def test_a_store_out_of_reach_says_why(s3: S3Emulator) -> None:
         opened(s3, "http://127.0.0.1:9", retry_seconds=0.3).put_summed(key(), summed(some_pieces()))
 
 
-def test_what_a_server_says_before_it_hangs_up_in_the_middle_of_a_part_is_heard(s3: S3Emulator) -> None:
-    said = b"<Error><Code>AccessDenied</Code><Message>not you</Message></Error>"
-    answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(said), said)
-    begun = b"<UploadId>1</UploadId>"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+class Answering:
+    """A server of an upload's requests that says what a test wants, and hangs up where a test wants; no S3."""
 
-        def serve_all() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                if b"uploads" in connection.recv(65536).partition(b"\r\n")[0]:
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(begun), begun))
-                    threading.Thread(
-                        target=lambda one=connection: (one.recv(65536), one.sendall(answer), hang_up(one))
-                    ).start()
-                else:
-                    connection.sendall(answer)
-                    hang_up(connection)
+    def __init__(self, part: bytes = b"", complete: bytes = b"", tls: tuple[str, str] | None = None) -> None:
+        self._part, self._complete, self._context = part, complete, None
+        if tls:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.load_cert_chain(*tls)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.asked: Counter[str] = Counter()
 
-        def hang_up(connection: socket.socket) -> None:
-            connection.shutdown(socket.SHUT_WR)
-            time.sleep(0.2)
-            connection.close()  # with data unread: the client's next bytes are answered by a reset
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
 
-        threading.Thread(target=serve_all, daemon=True).start()
-        store = opened(s3, f"http://127.0.0.1:{listener.getsockname()[1]}", retry_seconds=5)
-        with pytest.raises(ConfigError, match="s3:PutObject"):
-            store.put_summed(key(), summed(some_pieces()))
-        listener.shutdown(socket.SHUT_RDWR)
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if self._context:
+                connection = self._context.wrap_socket(connection, server_side=True)
+            with connection, connection.makefile("rb") as stream:
+                while first := stream.readline().decode():
+                    size = 0
+                    while (line := stream.readline().lower()) not in (b"\r\n", b""):
+                        name, _, value = line.partition(b":")
+                        size = int(value) if name == b"content-length" else size
+                    verb = next(word for word in ("partNumber", "uploads=", "uploadId", "") if word in first)
+                    verb = "abort" if first.startswith("DELETE") else verb
+                    self.asked[verb] += 1
+                    if verb == "partNumber" and self._part:
+                        connection.sendall(self._part)  # with most of the part unread
+                        time.sleep(0.2)
+                        return
+                    stream.read(size)
+                    if verb == "uploadId":
+                        connection.sendall(self._complete)
+                        return
+                    body = b"<UploadId>1</UploadId>" if verb == "uploads=" else b""
+                    connection.sendall(
+                        b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body)
+                    )
+
+
+REFUSAL = b"<Error><Code>AccessDenied</Code><Message>not you</Message></Error>"
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_what_a_server_says_before_it_hangs_up_in_the_middle_of_a_part_is_heard(
+    s3: S3Emulator, tmp_path: Path, tls: bool, trusting: Callable[[str], None]
+) -> None:
+    certificate = self_signed(tmp_path)
+    trusting(certificate[0])
+    refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(REFUSAL), REFUSAL)
+    server = Answering(part=refusal, tls=certificate if tls else None)
+    with server, pytest.raises(ConfigError, match="s3:PutObject"):
+        opened(s3, server.endpoint, retry_seconds=5).put_summed(key(), summed(some_pieces()))
+    assert server.asked["abort"] == 1
+
+
+DONE = b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n<?xml version='1.0'?>\n<Err",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n<CompleteMultipartUploadResult>",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n    \n   ",
+        b"HTTP/1.1 200 OK\r\n\r\n<Error xmlns='http://s3.amazonaws.com/'><Code>InternalError</Code></Error>",
+        b"HTTP/1.1 200 OK\r\n\r\n<html>Please log in to the hotel's network</html>",
+        b"HTTP/1.1 302 Found\r\nContent-Length: %d\r\n\r\n%s" % (len(DONE), DONE),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n<Com\r\n",
+        b"",
+    ],
+    ids=[
+        "half an error",
+        "half a success",
+        "nothing of it",
+        "spaces",
+        "an error",
+        "a page",
+        "elsewhere",
+        "chunk",
+        "none",
+    ],
+)
+def test_only_a_whole_word_of_success_is_one(s3: S3Emulator, answer: bytes) -> None:
+    with Answering(complete=answer) as server:
+        with pytest.raises((TransientError, ConfigError)):
+            opened(s3, server.endpoint, retry_seconds=0.3).put_summed(key(), summed(some_pieces()))
+        assert server.asked["abort"] >= 1
+    done = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(DONE), DONE)
+    with Answering(complete=done) as server:
+        opened(s3, server.endpoint, retry_seconds=0.3).put_summed(key(), summed(some_pieces()))
+        assert server.asked["abort"] == 0
+
+
+def test_parts_are_removed_by_a_store_that_is_busy_just_then(s3: S3Emulator, wire: Wire) -> None:
+    def pieces() -> Iterator[tuple[bytes, int]]:
+        yield from summed(some_pieces()[:2])
+        raise FileNotFoundError("the snapshot is gone")
+
+    wire.inject("throttle", when=of("AbortMultipartUpload"), count=2)
+    with pytest.raises(FileNotFoundError):
+        opened(s3, wire.url).put_summed(key(), pieces())
+    assert s3.unfinished_uploads(BUCKET) == 0
+
+
+def test_parts_that_stay_behind_are_named(s3: S3Emulator, wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+    wire.inject(
+        "throttle", when=lambda request: request.action in ("UploadPart", "AbortMultipartUpload"), count=math.inf
+    )
+    with pytest.raises(TransientError):
+        opened(s3, wire.url, retry_seconds=0.3).put_summed(key(), summed(some_pieces()))
+    assert "left behind" in caplog.text and key() in caplog.text
+
+
+def test_connections_that_the_server_has_closed_meanwhile_cost_no_pause(s3: S3Emulator, wire: Wire) -> None:
+    def pieces() -> Iterator[tuple[bytes, int]]:
+        yield from summed(some_pieces(2 * PARTS_AT_ONCE)[:-1])
+        deadline = time.monotonic() + 20
+        while wire.calls()["UploadPart"] < 2 * PARTS_AT_ONCE - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # until all are answered
+        wire.hang_up()
+        paused.append(time.monotonic())
+        yield b"the end", crc32(b"the end")
+
+    paused: list[float] = []
+    opened(s3, wire.url).put_summed(key(), pieces())
+    assert time.monotonic() - paused[0] < 1.0
+    assert wire.calls()["UploadPart"] == 2 * PARTS_AT_ONCE
+
+
+def test_an_upload_goes_on_in_a_thread_when_the_main_thread_has_ended(s3: S3Emulator, tmp_path: Path) -> None:
+    program = """
+import sys, threading, time
+from zlib import crc32
+from holdfast.storage import open_store
+def pieces():
+    for number in range(3):
+        threading.main_thread().join()
+        piece = bytes([number]) * (5 << 20)
+        yield piece, crc32(piece)
+threading.Thread(target=lambda: open_store(sys.argv[1]).put_summed("object", pieces())).start()
+"""
+    subprocess.run([sys.executable, "-c", program, s3.url(BUCKET)], check=True, timeout=60)
+    assert s3.contents(BUCKET)["object"] == b"".join(bytes([number]) * (5 << 20) for number in range(3))
 
 
 # -- who signs --------------------------------------------------------------------------------------------------------
@@ -341,27 +489,66 @@ def test_without_a_role_it_is_said_that_credentials_are_missing(
         opened(s3, s3.endpoint).put_summed(key(), summed(some_pieces()))
 
 
-@pytest.mark.parametrize("where", ["a container's role", "a proxy"])
-def test_where_only_obstore_knows_the_way_it_goes_by_obstore(
-    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    environment = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+KEYS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/role"},
+        {**KEYS, "AWS_SERVER_SIDE_ENCRYPTION": "aws:kms", "AWS_SSE_KMS_KEY_ID": "key"},
+        {**KEYS, "AWS_SSE_CUSTOMER_KEY_BASE64": "a2V5"},
+        {**KEYS, "AWS_REQUEST_PAYER": "true"},
+        {**KEYS, "aws_skip_signature": "true"},
+    ],
+    ids=lambda environment: next(reversed(environment)),
+)
+def test_what_only_obstore_knows_is_left_to_it(s3: S3Emulator, environment: dict[str, str]) -> None:
     address = Address.parse(s3.url(BUCKET, "p"))
-    assert cloud_clients.signing_keys(address, None, environment)
-    if where == "a proxy":
-        monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-        monkeypatch.delenv("no_proxy", raising=False)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-    else:
-        environment = {"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/role"}
+    assert cloud_clients.signing_keys(address, None, {**KEYS, "AWS_REQUEST_PAYER": ""})
     assert cloud_clients.signing_keys(address, None, environment) is None
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
+def test_the_way_through_a_proxy_is_left_to_obstore(s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    address = Address.parse(s3.url(BUCKET, "p", "http://minio.example"))
+    monkeypatch.setenv(name, "http://proxy.example:3128")
+    assert cloud_clients.signing_keys(address, None, KEYS) is None
+    monkeypatch.setenv("no_proxy", "minio.example")
+    assert cloud_clients.signing_keys(address, None, KEYS)
+
+
+def test_keys_that_can_not_be_renewed_are_used_until_their_end_and_the_service_is_not_pestered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends_at = datetime.now(UTC) + timedelta(seconds=1)
+    asked = []
+
+    def provide() -> dict[str, Any]:
+        asked.append(1)
+        if len(asked) > 1:
+            raise OSError("the metadata service is away")
+        return {"access_key_id": "K", "secret_access_key": "s", "token": None, "expires_at": ends_at}
+
+    keys = cloud_clients._Kept(provide)
+    assert [keys()["AccessKeyId"] for _ in range(5)] == ["K"] * 5 and len(asked) == 2
+    time.sleep(1.1)
+    for _ in range(3):
+        with pytest.raises(CredentialsError, match="metadata service is away"):
+            keys()
+    assert len(asked) == 2
+
+
+def test_an_endpoint_may_be_an_address_of_ipv6_without_a_port(s3: S3Emulator) -> None:
+    with pytest.raises(TransientError, match=r"Connection refused|Cannot assign|unreachable|not supported"):
+        opened(s3, "http://[::1]", retry_seconds=0.2).put_summed(key(), summed(some_pieces()))
 
 
 # -- certificates -----------------------------------------------------------------------------------------------------
 
 
 def test_a_store_whose_certificate_this_python_trusts_not_is_left_to_obstore(
-    s3: S3Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    s3: S3Emulator, tmp_path: Path, caplog: pytest.LogCaptureFixture, trusting: Callable[[str], None]
 ) -> None:
     certificate = self_signed(tmp_path)
     with S3Emulator(BUCKET, certificate=certificate) as secure:
@@ -369,14 +556,9 @@ def test_a_store_whose_certificate_this_python_trusts_not_is_left_to_obstore(
         with pytest.raises(TransientError):
             store.put_summed(key(), summed(some_pieces()))  # nor does obstore trust it
         assert "by obstore then" in caplog.text
-
-        monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
-        s3_parts._tls.cache_clear()
-        try:
-            pieces = some_pieces()
-            opened(secure, secure.endpoint, retry_seconds=5).put_summed(key(), summed(pieces))
-        finally:
-            s3_parts._tls.cache_clear()
+        trusting(certificate[0])
+        pieces = some_pieces()
+        opened(secure, secure.endpoint, retry_seconds=5).put_summed(key(), summed(pieces))
         assert secure.contents(BUCKET) == {PATH: b"".join(pieces)}
 
 

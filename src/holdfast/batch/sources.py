@@ -143,7 +143,7 @@ def _client(address: Address, credentials: Any) -> Any:
     """Of the whole bucket."""
     from holdfast.storage.cloud_clients import client
 
-    return client(address, credentials, RETRY_SECONDS)
+    return client(address, credentials, RETRY_SECONDS)[0]
 
 
 class Reader:

@@ -10,23 +10,31 @@ import functools
 import itertools
 import logging
 import mmap
-import os
+import queue
 import random
 import secrets
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from holdfast.errors import AlreadyExistsError, ConfigError, CredentialsError, NotFoundError, TransientError
+from holdfast.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    CredentialsError,
+    HoldfastError,
+    NotFoundError,
+    TransientError,
+)
 from holdfast.storage.address import Address
-from holdfast.storage.cloud_clients import check_process, client, signing_keys
+from holdfast.storage.cloud_clients import check_process, client
 from holdfast.storage.cloud_errors import code_of, status_of, translated
 from holdfast.storage.interruptible import interruptible
 from holdfast.storage.keys import check_key, is_key
 from holdfast.storage.protocol import Data, ObjectInfo
-from holdfast.storage.s3_parts import Keys, RefusedError, S3Parts
+from holdfast.storage.s3_parts import RefusedError, S3Parts
 
 PART_BYTES = 16 * 1024 * 1024
 PARTS_AT_ONCE = 8
@@ -34,7 +42,7 @@ MAX_PARTS = 10_000
 """Of S3 and GCS: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
 READ_AT_ONCE_PARTS = 4
 """More than this is read part by part, side by side: one connection to S3 gives some 100 MB/s."""
-RETRY_SECONDS = 60.0
+RETRY_SECONDS, ABORT_SECONDS = 60.0, 10.0
 WRITER = "holdfast-writer"
 """Metadata that tells our own write from another's when its answer was lost."""
 
@@ -63,11 +71,8 @@ class CloudStore:
         self.credentials = credentials
         """What it was opened with: other places of the same cloud are opened with it too."""
         self._retry_seconds, self._part_bytes = retry_seconds, part_bytes
-        self._client = client(address, credentials, retry_seconds)
-        self._keys: Keys | None = None
-        """With them, images go to S3 without obstore."""
-        if address.scheme == "s3" and "checksum" not in address.options:
-            self._keys = signing_keys(address, credentials, os.environ)
+        self._client, self._keys = client(address, credentials, retry_seconds)
+        """With keys, images go to S3 without obstore."""
 
     @interruptible
     def put(self, key: str, data: Data | Iterable[Data]) -> None:
@@ -136,26 +141,58 @@ class CloudStore:
     def _put_parts(
         self, key: str, path: str, parts: S3Parts, upload: _Upload, pieces: Iterable[tuple[Data, int]]
     ) -> None:
-        sent: list[tuple[Future[str], int]] = []
-        under_way: set[Future[str]] = set()
+        tags: dict[int, tuple[str, int]] = {}
+        failures: list[BaseException] = []
+        waiting: queue.Queue[tuple[int, Data, int] | None] = queue.Queue(1)
+
+        def work() -> None:
+            while part := waiting.get():
+                number, data, crc32 = part
+                put = functools.partial(parts.put, path, upload.name, number, data, crc32)
+                try:
+                    if not failures:
+                        tags[number] = self._persist("put", key, put, lambda: not failures), crc32
+                except BaseException as error:
+                    failures.append(error)
+
+        # Not an executor's: those take no more work when the main thread has ended, and the caller may be another.
+        workers = [threading.Thread(target=work, name="holdfast-put", daemon=True) for _ in range(PARTS_AT_ONCE)]
+        for worker in workers:
+            worker.start()
         try:
-            with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="holdfast-put") as pool:
-                for number, (data, crc32) in enumerate(pieces, 1):
-                    if number > MAX_PARTS:
-                        raise ConfigError(f"{key}: an object may have {MAX_PARTS} parts here; write it as several")
-                    if len(under_way) == PARTS_AT_ONCE:
-                        done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                        for one in done:
-                            one.result()
-                    put = functools.partial(parts.put, path, upload.name, number, data, crc32)
-                    sent.append((pool.submit(self._persist, "put", key, put), crc32))
-                    under_way.add(sent[-1][0])
-                tags = [(one.result(), crc32) for one, crc32 in sent]
-            self._persist("put", key, lambda: self._finish(key, path, parts, upload, tags))
+            for number, (data, crc32) in enumerate(pieces, 1):
+                if number > MAX_PARTS:
+                    raise ConfigError(f"{key}: an object may have {MAX_PARTS} parts here; write it as several")
+                waiting.put((number, data, crc32))
+                if failures:
+                    break
+        except BaseException as error:
+            failures.append(error)
+        for _ in workers:
+            waiting.put(None)
+        for worker in workers:
+            worker.join()
+        try:
+            if failures:
+                raise failures[0]
+            listed = [tags[number] for number in sorted(tags)]
+            self._persist("put", key, lambda: self._finish(key, path, parts, upload, listed))
         except BaseException:
-            with contextlib.suppress(Exception):
-                parts.abort(path, upload.name)
+            self._abort(key, path, parts, upload)
             raise
+
+    def _abort(self, key: str, path: str, parts: S3Parts, upload: _Upload) -> None:
+        def attempt() -> None:
+            try:
+                parts.abort(path, upload.name)
+            except RefusedError as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+
+        try:
+            self._persist("delete", key, attempt, retry_seconds=min(self._retry_seconds, ABORT_SECONDS))
+        except HoldfastError as error:
+            log.warning("store=%s key=%s upload %s is left behind, and costs: %s", self.url, key, upload.name, error)
 
     def _finish(self, key: str, path: str, parts: S3Parts, upload: _Upload, tags: Sequence[tuple[str, int]]) -> None:
         try:
@@ -244,11 +281,16 @@ class CloudStore:
         return path
 
     def _persist(
-        self, verb: str, key: str, attempt: Callable[[], T], may_again: Callable[[], bool] = lambda: True
+        self,
+        verb: str,
+        key: str,
+        attempt: Callable[[], T],
+        may_again: Callable[[], bool] = lambda: True,
+        retry_seconds: float | None = None,
     ) -> T:
         """`attempt` until it succeeds, is refused, or time is up: obstore repeats only what it takes for harmless."""
         check_process()
-        give_up_at = time.monotonic() + self._retry_seconds
+        give_up_at = time.monotonic() + (self._retry_seconds if retry_seconds is None else retry_seconds)
         pause = 0.2
         while True:
             try:

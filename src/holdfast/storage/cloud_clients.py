@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,18 @@ NATIVE = (
 )
 Provider = Callable[[], dict[str, Any]]
 """As obstore wants it: access_key_id, secret_access_key, token, expires_at."""
+OBSTORE_ONLY = (
+    "AWS_SERVER_SIDE_ENCRYPTION",
+    "AWS_SSE_",
+    "AWS_REQUEST_PAYER",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_S3_EXPRESS",
+    "AWS_TOKEN",
+    "AWS_METADATA_ENDPOINT",
+    "AWS_CHECKSUM_ALGORITHM",
+)
+"""What these begin, obstore heeds in the environment: https://docs.rs/object_store/latest/object_store/aws/enum.AmazonS3ConfigKey.html"""
+ASK_AGAIN_SECONDS = 5.0
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 
@@ -42,8 +55,10 @@ def check_process() -> None:
         )
 
 
-def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store | GCSStore:
-    """Raises ConfigError: obstore is missing, or an option is none that it knows."""
+def client(address: Address, credentials: Any, retry_seconds: float) -> tuple[S3Store | GCSStore, Keys | None]:
+    """And, for S3, what requests of our own to it are signed with, if they may be. Raises ConfigError: obstore is missing, or an
+    option is none that it knows.
+    """
     try:
         from obstore import store
         from obstore.exceptions import BaseError
@@ -73,14 +88,16 @@ def client(address: Address, credentials: Any, retry_seconds: float) -> S3Store 
     }
     try:
         if address.scheme == "s3":
-            return store.S3Store(address.bucket, **_s3_options(address, credentials, os.environ), **common)
-        return store.GCSStore(address.bucket, **_gcs_options(address, credentials), **common)
+            provide = _provider(address, credentials, os.environ)
+            options = _s3_options(address, provide, os.environ)
+            return store.S3Store(address.bucket, **options, **common), signing_keys(address, provide, os.environ)
+        return store.GCSStore(address.bucket, **_gcs_options(address, credentials), **common), None
     except (BaseError, ValueError) as error:
         said = str(error).partition("\n\nDebug source")[0]
         raise ConfigError(f"store {address.url!r} can't be opened: {said}") from error
 
 
-def _s3_options(address: Address, credentials: Any, environment: Mapping[str, str]) -> dict[str, Any]:
+def _s3_options(address: Address, provide: Provider | None, environment: Mapping[str, str]) -> dict[str, Any]:
     # What is said here, obstore does not look up in the environment.
     options: dict[str, Any] = {
         "region": address.options.get("region", "us-east-1"),
@@ -101,18 +118,20 @@ def _s3_options(address: Address, credentials: Any, environment: Mapping[str, st
     metadata = environment.get("AWS_EC2_METADATA_SERVICE_ENDPOINT")
     if metadata and not environment.get("AWS_METADATA_ENDPOINT"):
         options["metadata_endpoint"] = metadata.rstrip("/")
-    if provider := _provider(address, credentials, environment):
-        options["credential_provider"] = provider
+    if provide:
+        options["credential_provider"] = provide
     return options
 
 
-def signing_keys(address: Address, credentials: Any, environment: Mapping[str, str]) -> Keys | None:
-    """What requests to S3 that are not obstore's are signed with; None where it alone finds credentials (a container's, a
-    cluster's), and where it alone knows the way (a proxy).
+def signing_keys(address: Address, provide: Provider | None, environment: Mapping[str, str]) -> Keys | None:
+    """What requests to S3 that are not obstore's are signed with. None where it alone does what is wished: by an option of the
+    URL or of the environment, by credentials that it alone finds (a container's, a cluster's), or through a proxy.
     """
-    if is_behind_proxy(address):
+    if "checksum" in address.options or is_behind_proxy(address):
         return None
-    if provide := _provider(address, credentials, environment) or _from_machine(environment):
+    if any(name.upper().startswith(OBSTORE_ONLY) for name, value in environment.items() if value):
+        return None
+    if provide := provide or _from_machine(environment):
         return _Kept(provide)
     key, secret = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
     if not key or not secret:
@@ -122,20 +141,22 @@ def signing_keys(address: Address, credentials: Any, environment: Mapping[str, s
 
 
 class _Kept:
-    """Keys, until shortly before they end."""
+    """Keys, until shortly before they end; where no new ones can be had then, until their end."""
 
     def __init__(self, provide: Provider) -> None:
         self._provide, self._lock = provide, threading.Lock()
         self._found: dict[str, Any] = {}
+        self._failure: Exception | None = None
+        self._ask_at = 0.0
+        """time.monotonic(): a service that fails is not asked by every thread in turn."""
 
     def __call__(self) -> dict[str, str]:
         with self._lock:
             now = datetime.now(UTC)
             if not self._found or now > self._found["expires_at"] - timedelta(seconds=CREDENTIALS_SECONDS):
-                try:
-                    self._found = self._provide()
-                except Exception as error:
-                    raise CredentialsError(f"no credentials for S3: {error}") from error
+                self._renew()
+            if not self._found or (self._failure and now > self._found["expires_at"]):
+                raise CredentialsError(f"no credentials for S3: {self._failure}") from self._failure
             found = self._found
         return {
             "AccessKeyId": found["access_key_id"],
@@ -143,9 +164,17 @@ class _Kept:
             "Token": found["token"] or "",
         }
 
+    def _renew(self) -> None:
+        if time.monotonic() < self._ask_at:
+            return
+        try:
+            self._found, self._failure = self._provide(), None
+        except Exception as error:
+            self._failure, self._ask_at = error, time.monotonic() + ASK_AGAIN_SECONDS
+
 
 def _provider(address: Address, credentials: Any, environment: Mapping[str, str]) -> Provider | None:
-    """Of what obstore does not find by itself."""
+    """Of credentials for S3 that obstore does not find by itself."""
     role = address.options.get("role", "")
     if role and not credentials and environment.get("HOLDFAST_CLOUD") == "gcp":
         return _from_web_identity(role)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import http.client
 import re
+import select
 import ssl
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,11 @@ class S3Parts:
             for number, (tag, crc32) in enumerate(parts, 1)
         )
         body = f'<CompleteMultipartUpload xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{listed}</CompleteMultipartUpload>'
-        self._ask("POST", path, {"uploadId": upload}, {}, body.encode())
+        _, text = self._ask("POST", path, {"uploadId": upload}, {}, body.encode())
+        if not re.search(
+            r"<(\w+:)?CompleteMultipartUploadResult[\s>]", text
+        ):  # a proxy's page, or only half of the answer
+            raise RefusedError(f"no word of success in the answer: {text[:200]}")
 
     def abort(self, path: str, upload: str) -> None:
         self._ask("DELETE", path, {"uploadId": upload}, {})
@@ -92,31 +97,48 @@ class S3Parts:
         asked = "&".join(f"{name}={quote(value, safe=UNRESERVED)}" for name, value in sorted(query.items()))
         headers |= {"host": self._endpoint.netloc, "x-amz-content-sha256": "UNSIGNED-PAYLOAD"}
         sign(method, path, asked, headers, self._region, self._keys())
-        connection = self._idle.pop() if self._idle else self._connected()
+        connection = self._idle_one() or self._connected()
+        is_whole = False
         try:
             # A server that refuses may hang up before it has heard all; what it said by then is waiting.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 connection.request(method, f"{path}?{asked}", body or None, headers)
+                is_whole = True
             answer = connection.getresponse()
             text = answer.read(MOST_ANSWER_BYTES).decode(errors="replace")
+            if answer.length:  # http.client takes an answer that was cut off for a short one
+                raise http.client.IncompleteRead(text.encode(), answer.length)
         except BaseException:
             connection.close()
             raise
-        if answer.isclosed() and not answer.will_close:
+        if is_whole and answer.isclosed() and not answer.will_close:
             self._idle.append(connection)
         else:
             connection.close()
         # "Complete the upload" is answered with 200 at once, and with what came of it in the end.
-        if answer.status >= 300 or "<Error>" in text:
+        if not 200 <= answer.status < 300 or re.search(r"<Error[\s>]", text):
             raise RefusedError(f"status code: {answer.status}, {text}")
         return answer.headers, text
+
+    def _idle_one(self) -> http.client.HTTPConnection | None:
+        """One that the server has not closed meanwhile."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return None
+            look = select.poll()
+            look.register(connection.sock, select.POLLIN)
+            if not look.poll(0):
+                return connection
+            connection.close()
 
     def _connected(self) -> http.client.HTTPConnection:
         host, port = self._endpoint.hostname or "", self._endpoint.port
         if self._endpoint.scheme == "http":
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+            connection = http.client.HTTPConnection(host, port or 80, timeout=CONNECT_SECONDS)
         else:
-            connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_tls())
+            connection = http.client.HTTPSConnection(host, port or 443, timeout=CONNECT_SECONDS, context=_tls())
         connection.connect()
         connection.sock.settimeout(REQUEST_SECONDS)
         return connection
@@ -128,8 +150,9 @@ def endpoint_of(address: Address) -> str:
 
 
 def is_behind_proxy(address: Address) -> bool:
-    endpoint = urlsplit(endpoint_of(address))
-    return endpoint.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(endpoint.netloc)
+    endpoint, proxies = urlsplit(endpoint_of(address)), urllib.request.getproxies()
+    is_named = endpoint.scheme in proxies or "all" in proxies
+    return is_named and not urllib.request.proxy_bypass(endpoint.netloc)
 
 
 @functools.cache

@@ -81,9 +81,8 @@ class S3Parts:
         )
         body = f'<CompleteMultipartUpload xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{listed}</CompleteMultipartUpload>'
         _, text = self._ask("POST", path, {"uploadId": upload}, {}, body.encode())
-        if not re.search(
-            r"<(\w+:)?CompleteMultipartUploadResult[\s>]", text
-        ):  # a proxy's page, or only half of the answer
+        # Else it is a proxy's page, or only half of an answer.
+        if not re.search(r"<(\w+:)?CompleteMultipartUploadResult[\s>]", text):
             raise RefusedError(f"no word of success in the answer: {text[:200]}")
 
     def abort(self, path: str, upload: str) -> None:

@@ -369,6 +369,25 @@ def test_files_of_the_user_s_folder_are_part_of_the_checkpoint(
     assert checkpoints.read(checkpoint, manifest, "files/sub/vocabulary.txt") == b"\x00words"
 
 
+def test_the_files_that_another_start_committed_stay_as_they_are(
+    store: DirectoryStore, telemetry: Telemetry, tmp_path: Path, saving: Any
+) -> None:
+    """They have the same names whoever saves them."""
+    for content in ("first", "second"):
+        (tmp_path / content).mkdir()
+        (tmp_path / content / "vocabulary.txt").write_text(content)
+    first = saving(store, telemetry, ranks=Ranks(token="first"))
+    first.save(10, tmp_path / "first")
+    assert first.wait(10)
+    second = saving(store, telemetry, ranks=Ranks(token="second"))
+    second.save(5)
+    assert second.wait(5)
+    second.save(10, tmp_path / "second")
+    assert second.wait(10)
+    checkpoints, checkpoint = Checkpoints(store, "run"), CheckpointId(1, 10)
+    assert checkpoints.read(checkpoint, checkpoints.manifest(checkpoint), "files/vocabulary.txt") == b"first"
+
+
 # -- the process ------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,41 @@ def test_a_file_holds_what_was_written_whatever_the_pieces_are(pieces: list[tupl
 def test_a_small_piece_between_large_ones_is_no_hindrance() -> None:
     chunks = [chunk("bytes", size, seed) for seed, size in enumerate((3 * STAGED_BYTES, BLOCK_BYTES, STAGED_BYTES))]
     assert write(chunks) == b"".join(chunks)
+
+
+def test_after_a_failure_nothing_more_is_written() -> None:
+    """What has been made waits in a line for the disk, here a pipe that takes a first piece late."""
+    size = 2 * 1024 * 1024
+    outlet, inlet = os.pipe()
+    drained = bytearray()
+
+    def drain() -> None:
+        time.sleep(0.3)
+        while data := os.read(outlet, size):
+            drained.extend(data)
+
+    reader = threading.Thread(target=drain)
+
+    def source() -> Iterator[Data]:
+        yield from (chunk("snapshot", size, seed) for seed in range(8))
+        reader.start()
+        raise FileNotFoundError("the snapshot is gone")
+
+    with pytest.raises(FileNotFoundError, match="snapshot is gone"):
+        write_chunks(inlet, source())
+    os.close(inlet)
+    reader.join()
+    os.close(outlet)
+    assert len(drained) == size
+
+
+def test_a_full_disk_is_told_whichever_piece_meets_it() -> None:
+    file = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            write_chunks(file, (chunk("snapshot", 2 * 1024 * 1024, seed) for seed in range(8)))
+    finally:
+        os.close(file)
 
 
 @pytest.mark.parametrize("start", [0, BLOCK_BYTES, 17])

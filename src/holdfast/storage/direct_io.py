@@ -55,11 +55,13 @@ class _Writer:
         self._buffers: list[memoryview] = []
         self._writing: deque[Future[None]] = deque()
         self._pool: ThreadPoolExecutor | None = None
+        self._failed = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._failed |= kind is not None
         try:
             self.settle()
         finally:
@@ -85,7 +87,16 @@ class _Writer:
 
     def _write(self, blocks: memoryview) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="holdfast-write")
-        self._writing.append(self._pool.submit(_write, self._file, blocks, direct=True))
+        self._writing.append(self._pool.submit(self._write_next, blocks))
+
+    def _write_next(self, blocks: memoryview) -> None:
+        if self._failed:  # a disk that fails slowly would do so once for each
+            return
+        try:
+            _write(self._file, blocks, direct=True)
+        except OSError:
+            self._failed = True
+            raise
 
     def settle(self) -> None:
         """Wait until all is written. Raises OSError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -215,10 +216,15 @@ def test_snapshots_that_are_forgotten_leave_no_files_open() -> None:
         made.step()
         made.snapshots.close()
 
+    def open_files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
     one()
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         one()
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    give_up_at = time.monotonic() + 20  # a thread that still touches the memory holds it
+    while open_files() > before and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    assert open_files() <= before

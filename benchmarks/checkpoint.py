@@ -19,7 +19,7 @@ Shared memory has huge pages meanwhile, where this user may allow them, as it ha
 | durable_over_raw_write | from the save to durable, less one memcpy (`durable_from_save_...`: with it), over write and fsync |
 | dcp_durable_over_ours | from the save to durable, DCP's over Holdfast's |
 | upload_over_raw | the same in S3, over the fastest client's upload in parts; the loop sleeps meanwhile |
-| upload_over_checksummed | the same over obstore's with the checksum that S3 verifies, as Holdfast sends it |
+| upload_over_checksummed | the same over obstore's with a checksum that S3 verifies, as it does one of Holdfast's |
 | upload_..._at_10_gbit | upload_over_raw where the server lets through no more than a link of 10 Gbit/s would |
 | load_over_raw | attach() with a fresh model and optimizer over the read and one memcpy into a fresh state; no page cached |
 

@@ -321,6 +321,14 @@ def test_what_a_server_says_before_it_hangs_up_in_the_middle_of_a_part_is_heard(
     assert server.asked["abort"] == 1
 
 
+def test_a_success_that_is_told_before_all_of_a_part_was_heard_is_none(s3: S3Emulator) -> None:
+    taken = b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: 0\r\n\r\n'
+    with Answering(part=taken) as server:
+        with pytest.raises(TransientError):
+            opened(s3, server.endpoint, retry_seconds=0.3).put_summed(key(), summed(some_pieces()[:2]))
+        assert server.asked["uploadId"] == 0
+
+
 DONE = b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>"
 
 

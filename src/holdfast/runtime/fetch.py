@@ -152,9 +152,8 @@ def s3_request(method: str, bucket: str, key: str, options: dict[str, str], body
 
 
 def sign(method: str, path: str, query: str, headers: dict, region: str, credentials: dict) -> None:
-    """Add the signature to `headers`, which are all signed. https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
-
-    `path` and `query` as they are sent, the query's names in their order.
+    """Add the signature to `headers`, which are all signed. `path` and `query` as they are sent, the query's names in their
+    order. https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
     """
     import hmac
 

@@ -26,8 +26,8 @@ class ObjectStore(Protocol):
         """
 
     def put_summed(self, key: str, pieces: Iterable[tuple[Data, int]]) -> None:
-        """The same, of pieces whose CRC-32 (RFC 1952) is known, all but the last one of 5 MiB or more: a store that can verifies
-        by it what has arrived.
+        """The same, of pieces whose CRC-32 (RFC 1952) is known, by which the store verifies what arrives, if it can do so. All
+        but the last have 5 MiB or more.
         """
 
     def create(self, key: str, data: Data | Iterable[Data]) -> None:

@@ -114,8 +114,9 @@ class S3Parts:
             self._idle.append(connection)
         else:
             connection.close()
-        # "Complete the upload" is answered with 200 at once, and with what came of it in the end.
-        if not 200 <= answer.status < 300 or re.search(r"<Error[\s>]", text):
+        # "Complete the upload" is answered with 200 at once, and with what came of it in the end. And no answer to half a
+        # request is a success.
+        if not is_whole or not 200 <= answer.status < 300 or re.search(r"<Error[\s>]", text):
             raise RefusedError(f"status code: {answer.status}, {text}")
         return answer.headers, text
 

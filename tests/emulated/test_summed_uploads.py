@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 from zlib import crc32
 
 import boto3
@@ -139,6 +140,31 @@ def test_its_requests_are_signed_as_botocore_signs_them(
         assert one.headers["authorization"].endswith("Signature=" + signer.signature(text, request))
         assert one.headers.get("x-amz-security-token", "") == token
         assert {name for name in one.headers if name.startswith("x-amz-")} <= set(names)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux says how far a server is")
+@pytest.mark.parametrize("far", [False, True])
+def test_to_a_server_nearby_no_more_is_under_way_than_the_cache_holds(
+    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    buffers: list[int] = []
+    port = urlsplit(s3.endpoint).port
+    send = socket.socket.sendall
+
+    def sendall(self: socket.socket, *given: Any) -> None:
+        if self.getpeername()[1] == port:
+            buffers.append(self.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+        send(self, *given)
+
+    monkeypatch.setattr(socket.socket, "sendall", sendall)
+    if far:  # no round trip is shorter
+        monkeypatch.setattr(s3_parts, "NEAR_MICROSECONDS", 0)
+    pieces = some_pieces(2)
+    store = opened(s3, s3.endpoint)
+    store.put_summed(key(), summed(pieces))
+    assert store.get(key()) == b"".join(pieces)
+    is_bounded = [size == 2 * s3_parts.NEAR_SEND_BYTES for size in buffers]
+    assert buffers and (not any(is_bounded) if far else all(is_bounded))
 
 
 def test_a_single_piece_is_one_request(s3: S3Emulator, wire: Wire) -> None:

@@ -34,7 +34,7 @@ UNRESERVED = "-_.~"
 MOST_ANSWER_BYTES = 1 << 20
 NEAR_MICROSECONDS, NEAR_SEND_BYTES = 1000, 512 * 1024
 """To a server that answers this soon, a gigabyte a second goes through a buffer of this size (Linux makes it twice as large).
-A larger one, as Linux would have it grow, falls out of the processor's cache before it is sent.
+Larger ones, as Linux would have them grow, were measured to be slower: the processor's cache does not hold them all.
 """
 TCP_RTT = struct.Struct("=68xI")
 """tcpi_rtt, microseconds, of linux/tcp.h's tcp_info."""

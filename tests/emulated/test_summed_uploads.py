@@ -143,9 +143,9 @@ def test_its_requests_are_signed_as_botocore_signs_them(
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux says how far a server is")
-@pytest.mark.parametrize("far", [False, True])
-def test_to_a_server_nearby_no_more_is_under_way_than_the_cache_holds(
-    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, far: bool
+@pytest.mark.parametrize("distance", ["near", "far", "unknown"])
+def test_only_to_a_server_nearby_the_send_buffer_is_small(
+    s3: S3Emulator, monkeypatch: pytest.MonkeyPatch, distance: str
 ) -> None:
     buffers: list[int] = []
     port = urlsplit(s3.endpoint).port
@@ -156,15 +156,23 @@ def test_to_a_server_nearby_no_more_is_under_way_than_the_cache_holds(
             buffers.append(self.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
         send(self, *given)
 
+    def refuse(self: socket.socket, level: int, option: int, *size: int) -> Any:
+        if option == socket.TCP_INFO and level == socket.IPPROTO_TCP:
+            raise OSError("no such option")
+        return ask(self, level, option, *size)
+
+    ask = socket.socket.getsockopt
     monkeypatch.setattr(socket.socket, "sendall", sendall)
-    if far:  # no round trip is shorter
+    if distance == "far":  # no round trip is shorter
         monkeypatch.setattr(s3_parts, "NEAR_MICROSECONDS", 0)
+    elif distance == "unknown":
+        monkeypatch.setattr(socket.socket, "getsockopt", refuse)
     pieces = some_pieces(2)
     store = opened(s3, s3.endpoint)
     store.put_summed(key(), summed(pieces))
     assert store.get(key()) == b"".join(pieces)
     is_bounded = [size == 2 * s3_parts.NEAR_SEND_BYTES for size in buffers]
-    assert buffers and (not any(is_bounded) if far else all(is_bounded))
+    assert buffers and (all(is_bounded) if distance == "near" else not any(is_bounded))
 
 
 def test_a_single_piece_is_one_request(s3: S3Emulator, wire: Wire) -> None:

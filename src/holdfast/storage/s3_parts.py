@@ -33,8 +33,8 @@ REQUEST_SECONDS = 60.0
 UNRESERVED = "-_.~"
 MOST_ANSWER_BYTES = 1 << 20
 NEAR_MICROSECONDS, NEAR_SEND_BYTES = 1000, 512 * 1024
-"""To a server that answers this soon, a gigabyte a second goes through a buffer of this size (Linux makes it twice as large).
-Larger ones, as Linux would have them grow, were measured to be slower: the processor's cache does not hold them all.
+"""To a server that answers this soon, a buffer of this size lets half a gigabyte a second through. With larger ones, as Linux
+would have them grow, uploads over loopback were slower: most likely the processor's cache does not hold them all.
 """
 TCP_RTT = struct.Struct("=68xI")
 """tcpi_rtt, microseconds, of linux/tcp.h's tcp_info."""
@@ -149,8 +149,9 @@ class S3Parts:
             connection = http.client.HTTPSConnection(host, port or 443, timeout=CONNECT_SECONDS, context=_tls())
         connection.connect()
         connection.sock.settimeout(REQUEST_SECONDS)
-        if _is_near(connection.sock):
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_SEND_BYTES)
+        with contextlib.suppress(OSError):  # a sandbox's kernel may know neither: slower then, no failure
+            if _is_near(connection.sock):
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, NEAR_SEND_BYTES)
         return connection
 
 

@@ -22,8 +22,13 @@ SAMPLES, BATCH = 96, 12  # as in the program
 
 def train(folder: Path, name: str, how: str, world: int, steps: int, attempt: int, **variables: str) -> int:
     """Ranks of one computer, started by torchrun, as a machine of the run would have them; the exit status."""
-    command = [str(PROGRAMS / "worlds.py"), how, str(steps)]
-    if how != "alone":
+    return start(folder, name, world if how != "alone" else 0, attempt, ["worlds.py", how, str(steps)], **variables)[0]
+
+
+def start(folder: Path, name: str, world: int, attempt: int, program: list[str], **variables: str) -> tuple[int, str]:
+    """`world` 0: without torchrun. The exit status, and what was printed."""
+    command = [str(PROGRAMS / program[0]), *program[1:]]
+    if world:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *command]
     environment = {
         **os.environ,
@@ -39,7 +44,7 @@ def train(folder: Path, name: str, how: str, world: int, steps: int, attempt: in
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode:
         print(done.stdout, done.stderr)
-    return done.returncode
+    return done.returncode, done.stdout + done.stderr
 
 
 def seen(folder: Path, name: str, last_step: dict[int, int]) -> Counter[tuple[int, int]]:
@@ -98,6 +103,31 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(folder: Path, steady: lis
         Checkpoints(store, "run").verify(info.id, info.metadata)
     assert train(folder, "run", "fsdp", 2, 32, 2) == 0
     assert losses(store, "run") == pytest.approx(steady, rel=1e-5)
+
+
+def test_shards_that_are_evaluated_averaged_and_tied_go_on_in_any_world(folder: Path) -> None:
+    """Three ranks share four rows of a tied weight: one has none of them."""
+    for attempt, (world, steps) in enumerate([(3, 4), (3, 6), (2, 8), (0, 10)], 1):
+        assert start(folder, "run", world, attempt, ["sharded.py", str(steps)], SEEN=str(folder / "run"))[0] == 0
+    assert start(folder, "steady", 0, 1, ["sharded.py", "10"], SEEN=str(folder / "steady"))[0] == 0
+    rows = [[float(one) for one in line.split()] for line in (folder / "run").read_text().splitlines()]
+    assert [row[0] for row in rows] == [0, 4, 6, 8]
+    steady = [float(one) for one in (folder / "steady").read_text().split()]
+    assert rows[-1][1:] == pytest.approx(steady[1:], rel=1e-5)
+
+
+def test_ranks_with_different_objects_are_told_so_before_anything_is_trained(folder: Path) -> None:
+    status, said = start(folder, "run", 2, 1, ["stages.py"])
+    assert status
+    assert "than on rank 0: only rank 1 has model.second.bias [3], model.second.weight [3, 3]; only rank 0 has" in said
+    assert not Checkpoints(DirectoryStore(folder / "store"), "run").committed()
+
+
+def test_a_snapshot_that_comes_to_nothing_on_one_rank_is_taken_again_by_all(folder: Path) -> None:
+    status, said = start(folder, "run", 2, 1, ["failing_rank.py", "400"])
+    assert status == 0 and "snapshot failed step=" in said
+    store = DirectoryStore(folder / "store")
+    assert Checkpoints(store, "run").committed()[-1] == CheckpointId(1, 400)
 
 
 def test_ranks_that_can_t_reach_each_other_are_told_what_to_do(folder: Path) -> None:

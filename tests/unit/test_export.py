@@ -72,7 +72,7 @@ def trained() -> tuple[Tied, torch.optim.Optimizer]:
 def state(store: DirectoryStore, trained: tuple[Tied, torch.optim.Optimizer]) -> OpenState:
     """The trained model and its optimizer as a checkpoint."""
     model, optimizer = trained
-    named = optimizer_state(optimizer, parameter_names({"model": model, "optimizer": optimizer}))
+    named = optimizer_state("optimizer", optimizer, parameter_names({"model": model, "optimizer": optimizer}))
     components = {"model": dict(model.state_dict()), "optimizer": named, "schedule": {"milestones": (1, 2), 3: 0.5}}
     random_states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     found = import_state(store, "run", 4, components, {"epoch": 2, "best": torch.ones(3)}, random_states, "a test")
@@ -276,7 +276,9 @@ def test_optimizers_that_were_saved_flat_are_taken(store: DirectoryStore, traine
     dcp.save({"model": model_state, "optim": flat}, checkpoint_id=folder / "flat", no_dist=True)
     components, values, _ = as_components(read_program_state(folder / "flat"), {"optim": "optimizer"})
     names = parameter_names({"model": model})
-    assert same(components["optimizer"]["state"], optimizer_state(optimizer, names)["state"]) and values == {}
+    assert (
+        same(components["optimizer"]["state"], optimizer_state("optimizer", optimizer, names)["state"]) and values == {}
+    )
     groups = {
         tuple(sorted(group["params"])): group["weight_decay"] for group in components["optimizer"]["param_groups"]
     }

@@ -122,6 +122,7 @@ class Attached:
         self._store = open_store(around.store_url)
         self._reporter.event("attached")
         self._training.collect()  # what can't be stored is said now, not after the first hour
+        self._together.check_alike(self._training.layout())
         budget_seconds = min(self._policy.every_seconds or BUDGET_SECONDS, BUDGET_SECONDS) / self._clock.speed
         log_file = around.telemetry.with_name(f"persist-{ranks.rank}.log") if around.telemetry else None
         self._committer = Committer(
@@ -248,8 +249,7 @@ class Attached:
         self._say_failure()
         if news := self._notice_file.news():
             self._hear(news.kind, news.reclaim_at)
-        at_latest = self._saved_step + self._policy.every_steps if self._policy.every_steps else None
-        agreed = self._together.agree(self._step, self._vote(), at_latest)
+        agreed = self._together.agree(self._step, self._vote(), self._policy.every_steps)
         if agreed is None:
             return
         if agreed.notice:
@@ -276,6 +276,7 @@ class Attached:
             notice=NOTICES[notice.kind] if notice else 0.0,
             reclaim_at=-notice.reclaim_at.timestamp() if notice and notice.reclaim_at else -float("inf"),
             step_seconds=max(self._steps) if together else 0.0,
+            saved_step=-float(self._saved_step),
         )
 
     def _is_due(self) -> bool:
@@ -322,6 +323,7 @@ class Attached:
             "metrics": self._committer.metrics_until(self._step),
         }
         folder = copy_of(self._folder) if self._folder and self._together.is_first else None
+        wait |= self._together.world_size > 1  # what the others save, this one must
         if self._snapshots.take(self._step, words, folder, wait) is None:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from holdfast.checkpoint.shards import is_dtensor
 from holdfast.errors import ConfigError
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -48,6 +49,18 @@ def own_name(name: str) -> str:
     return name
 
 
+def put_back_shards(components: Mapping[str, Any]) -> None:
+    """FSDP2 leaves a root's parameters whole after a forward pass without a backward: other objects, with other ids, than
+    those that the optimizer has.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for component in components.values():
+        if fsdp and kind_of(component) == "module":
+            for module in component.modules():
+                if isinstance(module, fsdp.FSDPModule):
+                    module.reshard()
+
+
 def module_state(module: Any) -> dict[str, Any]:
     return {own_name(name): value for name, value in unwrapped(module).state_dict().items()}
 
@@ -62,11 +75,30 @@ def parameter_names(components: Mapping[str, Any]) -> dict[int, str]:
     return names
 
 
-def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
-    """Its state by the parameters' names; torch's own form, by number, when a parameter is no attached module's."""
+def tied_names(components: Mapping[str, Any]) -> dict[str, str]:
+    """Further names of a parameter -> its first, each 'component.name'."""
+    first = parameter_names(components)
+    return {
+        path: first[id(parameter)]
+        for component_name, component in components.items()
+        if kind_of(component) == "module"
+        for name, parameter in unwrapped(component).named_parameters(remove_duplicate=False)
+        if (path := f"{component_name}.{own_name(name)}") != first[id(parameter)]
+    }
+
+
+def optimizer_state(component_name: str, optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
+    """Its state by the parameters' names; torch's own form, by number, when a parameter is no attached module's. Raises
+    ConfigError when that one is sharded: a number would not say how.
+    """
     state: dict[str, Any] = optimizer.state_dict()
     named = _names_in_order(optimizer, names)
     if named is None:
+        if any(is_dtensor(parameter) for parameter in parameters_of(optimizer)):
+            raise ConfigError(
+                f"{component_name} has sharded parameters (DTensor) that belong to no module given to attach(); pass the "
+                "module too"
+            )
         return state
     return {
         **state,

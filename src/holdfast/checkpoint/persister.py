@@ -286,6 +286,7 @@ class Persister:
         ranks = self.orders.ranks
         if ranks.world_size > 1:
             self._checkpoints.write_part(checkpoint, rank_name(ranks.rank, ranks.token), objects)
+            offer.slot.give_back()  # it is durable; what is waited for from here on is the others'
             self.tell({"kind": "part", "number": offer.number, "step": offer.step})
         if not ranks.publishes:
             facts = self._facts(offer, objects)
@@ -293,7 +294,6 @@ class Persister:
             self._confirm()
             return
         if ranks.world_size > 1:
-            offer.slot.give_back()  # it is durable; what is waited for is the others'
             objects = self._all_parts(checkpoint)
         parent = str(self.orders.parent) if self.orders.parent else None
         manifest = {"kind": "state", "parent": parent, **words, "ranks": self._rank_objects(objects)}

@@ -38,6 +38,8 @@ class Vote:
     reclaim_at: float = -float("inf")
     """Of the earliest reclaim: minus its POSIX time."""
     step_seconds: float = 0.0
+    saved_step: float = -float("inf")
+    """Minus the step last saved. One rank alone may have an older one than the others: its snapshot came to nothing."""
 
 
 class Together:
@@ -76,6 +78,31 @@ class Together:
         torch.distributed.broadcast(said, src=0, group=self._group)
         return list(said.tolist())
 
+    def check_alike(self, layout: list[str]) -> None:
+        """Raises ConfigError on every rank when one has another layout than the first."""
+        if self._group is None:
+            return
+        torch = sys.modules["torch"]
+        text = "\n".join(layout).encode()
+        (size,) = self.first_says(float(len(text)))
+        said = torch.frombuffer(bytearray(text.ljust(int(size))[: int(size)] or b" "), dtype=torch.uint8)
+        torch.distributed.broadcast(said, src=0, group=self._group)
+        first = bytes(said.tolist()).decode().split("\n") if size else []
+        here, there = set(layout), set(first)
+        if not self.all_say(here == there):
+            found = "; ".join(
+                f"only rank {rank} has {', '.join(sorted(lines)[:3])}"
+                for rank, lines in ((self.rank, here - there), (0, there - here))
+                if lines
+            )
+            raise ConfigError(
+                f"attach() was given other objects on rank {self.rank} than on rank 0: {found}. Ranks save one state "
+                "together, and must have the same components and modules (pipeline stages: save each stage as a run of "
+                "its own)"
+                if found
+                else "attach() was given other objects on another rank than on rank 0; that rank says which"
+            )
+
     def first_decides(self, plan: Callable[[], planner.Decision]) -> planner.Decision:
         """What the first rank's plan says, on every rank."""
         if self._group is None:
@@ -104,8 +131,8 @@ class Together:
     def all_say(self, yes: bool) -> bool:
         return self._greatest([0.0 if yes else 1.0]) == [0.0]
 
-    def agree(self, step: int, vote: Vote, at_latest: int | None) -> Vote | None:
-        """What all say after `step`; None when this step has no vote. `at_latest`: a step that must have one."""
+    def agree(self, step: int, vote: Vote, every_steps: int | None) -> Vote | None:
+        """What all say after `step`; None when this step has no vote. `every_steps`: a save is due so long after the last."""
         if self._group is None:
             return vote
         if step < self._next_vote_step:
@@ -114,8 +141,10 @@ class Together:
         agreed = Vote(**dict(zip(names, self._greatest(list(astuple(vote))), strict=True)))
         steps = VOTE_SECONDS / max(agreed.step_seconds, VOTE_SECONDS / MOST_STEPS_BETWEEN_VOTES)
         self._next_vote_step = step + max(1, int(steps))
-        if at_latest is not None and at_latest > step:
-            self._next_vote_step = min(self._next_vote_step, at_latest)
+        if every_steps is not None:
+            saved_step = step if agreed.save and not agreed.busy else int(-agreed.saved_step)
+            if saved_step + every_steps > step:
+                self._next_vote_step = min(self._next_vote_step, saved_step + every_steps)
         if agreed.notice > 0:
             self._next_vote_step = step + 1  # every step counts now
         return agreed

@@ -19,10 +19,14 @@ from holdfast.checkpoint.components import (
     own_name,
     parameter_names,
     parameters_of,
+    put_back_shards,
+    tied_names,
     unwrapped,
 )
 from holdfast.checkpoint.elastic import LearningRateRule, load_loader, reseed, scale_learning_rates
 from holdfast.checkpoint.image import Spec
+from holdfast.checkpoint.resumable_loader import ResumableLoader
+from holdfast.checkpoint.sampling import ShuffledBatches
 from holdfast.checkpoint.shards import Box, is_dtensor, local_part, owners, whole
 from holdfast.checkpoint.tensors import dtype_names
 from holdfast.checkpoint.tree import TENSOR, flatten, unflatten
@@ -92,7 +96,10 @@ class TrainingState:
 
     def collect(self) -> Collected:
         """The state as it is now; the tensors are the live ones. Raises ConfigError naming what can't be stored."""
+        put_back_shards(self._components)
         names = parameter_names(self._components)
+        tied_to = tied_names(self._components) if self._world_size > 1 else {}
+        names_at: dict[str, str] = {}
         leaves: dict[str, Leaf] = {}
         alike: dict[str, int] = {}  # name -> bytes, of what every rank has whole
         by_address: dict[int, list[tuple[str, bool]]] = {}
@@ -107,6 +114,13 @@ class TrainingState:
             leaf = leaf.detach()
             box, global_shape, writes = None, tuple(leaf.shape), True
             sharded = is_dtensor(leaf)
+            if sharded and not shared and path.startswith("user."):
+                raise ConfigError(
+                    f"run.state: {path.removeprefix('user.')} is a sharded tensor (DTensor), and nothing will say how to "
+                    "shard it after a resume; keep it in an object with state_dict and load_state_dict, and pass that to "
+                    "attach()"
+                )
+            shared |= sharded
             if sharded:
                 leaf, box, writes = local_part(path, leaf)
                 writes = writes and (leaf.numel() > 0 or 0 in global_shape)
@@ -122,7 +136,9 @@ class TrainingState:
                     f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
                     "one of another type"
                 )
-            # Tied weights are one tensor under two names, and stay one.
+            # Tied weights are one tensor under two names, and stay one. Ranks without a part of it see that by name alone.
+            if name := names_at.get(tied_to.get(path, "")):
+                return name
             address = leaf.data_ptr()
             tied = by_address.setdefault(address, [])
             for other, is_shared in tied if address else ():
@@ -134,6 +150,7 @@ class TrainingState:
             tied.append((name, shared))
             spec = Spec(dtype, tuple(leaf.shape))
             leaves[name] = Leaf(leaf, spec, global_shape, box, writes)
+            names_at[path] = name
             if shared and not sharded:
                 alike[name] = spec.size_bytes
             return name
@@ -142,7 +159,7 @@ class TrainingState:
             return flatten(value, path, lambda at, leaf: take(at, leaf, shared))
 
         components = {
-            name: flat(self._get(component, names), name, kind_of(component) in SHARED)
+            name: flat(self._get(name, component, names), name, kind_of(component) in SHARED)
             for name, component in self._components.items()
         }
         tree = {
@@ -159,17 +176,28 @@ class TrainingState:
             }
         return Collected(tree, leaves)
 
-    def _get(self, component: Any, names: Mapping[int, str]) -> Any:
+    def _get(self, name: str, component: Any, names: Mapping[int, str]) -> Any:
         match kind_of(component):
             case "module":
                 return module_state(component)
             case "optimizer":
-                return optimizer_state(component, names)
+                return optimizer_state(name, component, names)
             case "state_dict":
                 return component.state_dict()
             case "torch-generator":
                 return component.get_state()
         return component.bit_generator.state
+
+    def layout(self) -> list[str]:
+        """What all ranks must have alike, a line for each: the components, and the tensors of modules."""
+        lines = []
+        for name, component in self._components.items():
+            kind = kind_of(component)
+            lines.append(f"{name} ({kind})")
+            if kind == "module":
+                for key, value in module_state(component).items():
+                    lines.append(f"{name}.{key} {list(getattr(value, 'shape', ()))}")
+        return sorted(lines)
 
     # -- putting together ---------------------------------------------------------------------------------------------
 
@@ -184,6 +212,7 @@ class TrainingState:
             raise ConfigError(
                 f"the checkpoint holds {sorted(there)}, but attach() was given {sorted(here)}; pass the same objects"
             )
+        put_back_shards(self._components)
         names = parameter_names(self._components)
         found: dict[str, Any] = {}
         for name, component in self._components.items():
@@ -207,6 +236,8 @@ class TrainingState:
                         for value in values.values():
                             if isinstance(value, dict) and TENSOR in value:
                                 found.setdefault(value[TENSOR], by_name[parameter])
+            elif kind_of(component) == "state_dict":
+                found |= {path: one for path, one in _sharded_tensors(name, component) if path in specs}
         return found
 
     def load(
@@ -283,10 +314,13 @@ class TrainingState:
     def batch_size(self) -> int | None:
         """Samples of all ranks together in one step, where a component tells."""
         for component in self._components.values():
+            if kind_of(component) != "state_dict":
+                continue  # a model may have a batch_size of its own
             for one in (component, getattr(component, "batch_sampler", None)):
                 if isinstance(size := getattr(one, "batch_size", None), int):
-                    # A sampler of ours tells the global batch, a loader of others' that of its rank.
-                    return size if hasattr(one, "world_size") else size * self._world_size
+                    # Ours tell the global batch, a loader or sampler of others that of its rank.
+                    is_ours = isinstance(one, ShuffledBatches | ResumableLoader)
+                    return size if is_ours else size * self._world_size
         return None
 
 
@@ -392,6 +426,20 @@ def _random_states() -> dict[str, Any]:
         states["torch"] = torch.get_rng_state()
         states["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return states
+
+
+def _sharded_tensors(name: str, component: Any) -> list[tuple[str, Any]]:
+    """(path, tensor) of the DTensors that its state has now."""
+    found: list[tuple[str, Any]] = []
+    if "torch.distributed.tensor" in sys.modules:
+
+        def note(path: str, leaf: Any) -> str:
+            if is_dtensor(leaf):
+                found.append((path, leaf))
+            return path
+
+        flatten(component.state_dict(), name, note)
+    return found
 
 
 def _states_by_parameter(saved: Any) -> list[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Two ranks; the second one's third snapshot comes to nothing: `failing_rank.py STEPS` under torchrun."""
+"""Two ranks; the second one's second snapshot comes to nothing: `failing_rank.py STEPS` under torchrun."""
 
 import logging
 import sys
@@ -19,14 +19,14 @@ torch.manual_seed(0)
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 model = DistributedDataParallel(nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)))  # each rank saves one
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-run = holdfast.attach(model=model, optimizer=optimizer, every="5 steps")
+run = holdfast.attach(model=model, optimizer=optimizer, every="50 steps")
 copies = 0
 
 
 def copy_beside(pairs: list[copying.Pair]) -> None:
     global copies
     copies += 1
-    if copies == 3 and dist.get_rank() == 1:
+    if copies == 2 and dist.get_rank() == 1:
         raise OSError("no memory")
     copying.copy_beside(pairs)
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import nn
 
-import holdfast
 from holdfast.checkpoint.commits import PIECE_BYTES, CheckpointId, Checkpoints
 from holdfast.checkpoint.loading import StateContent
 from holdfast.checkpoint.persister import Offer, Orders, Persister, Ranks
@@ -31,59 +30,12 @@ from holdfast.checkpoint.state import TrainingState, names_in
 from holdfast.errors import ConfigError, DamagedCheckpointError
 from holdfast.runtime import contract
 from holdfast.storage import DirectoryStore
+from tests.unit.started import Started, adamw, network, step, train
 
 LONG = 30.0
 NOBODY = Surroundings(
     store_url="", run_id="run", attempt=1, policy=CheckpointPolicy(), telemetry=None, notice=None, console=None
 )
-
-
-class Started:
-    """Where programs of one run are started: each with the environment of its attempt."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self._monkeypatch = folder, monkeypatch
-        self.store = DirectoryStore(folder / "store")
-        self.checkpoints = Checkpoints(self.store, "run")
-
-    def attempt(self, number: int, **options: Any) -> Any:
-        for name, value in (
-            (contract.STORE, self.store.url),
-            (contract.RUN, "run"),
-            (contract.ATTEMPT, str(number)),
-            (contract.TELEMETRY, str(self.folder / f"telemetry-{number}")),
-        ):
-            self._monkeypatch.setenv(name, value)
-        return holdfast.attach(**options)
-
-    def events(self, number: int, kind: str) -> list[dict[str, Any]]:
-        lines = (self.folder / f"telemetry-{number}").read_text().splitlines()
-        return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-@pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
-    return Started(tmp_path, monkeypatch)
-
-
-def network(width: int = 8) -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 2))
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.01)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    model(torch.ones(3, 6)).square().mean().backward()
-    optimizer.step()
-
-
-def train(run: Any, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    for _ in run.steps(steps):
-        step(model, optimizer)
 
 
 # -- what can't be saved ----------------------------------------------------------------------------------------------
@@ -216,7 +168,7 @@ def same(model: nn.Module) -> Any:
             lambda: (lambda model: {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})(
                 network()
             ),
-            r"optimizer is of another kind than the checkpoint's: the checkpoint lacks dampening.* the program lacks .*betas",
+            r"optimizer is of another kind than the checkpoint's: SGD, and there it is AdamW; use the same, or another run id",
         ),
         (
             lambda: (lambda model: {"model": model, "optimizer": adamw(model[0])})(network()),
@@ -355,8 +307,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """(store with the steps 10 and 20, what each is)"""
     store = DirectoryStore(tmp_path_factory.mktemp("saved"))
     torch.manual_seed(1)
-    for step in (10, 20):
-        save(store, step, request.param)
+    for number in (10, 20):
+        save(store, number, request.param)
     assert len(store.list("")) == 2 * (3 if request.param == 1 else 7)
     return store, {step: State().at(step).everything() for step in (10, 20)}
 

@@ -88,6 +88,26 @@ def test_and_by_a_comparison_where_versions_say_nothing(training: Training) -> N
     assert training.snapshots.failure is not None and training.offered == []
 
 
+@pytest.mark.parametrize("round", range(5))
+def test_what_is_written_from_the_first_step_on_is_found_out_however_early_it_comes(round: int) -> None:
+    """Before the copy could have reached it, had the program gone on during the first one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8 if n == 0 else 1000, 1000) for n in range(4)))
+    training = Training(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    training.step()
+    for step in range(1, 4):
+        assert training.snapshots.take(step, {})
+        before = training.live()
+        model[3].weight.detach().numpy()[999] = step
+        training.step()
+        if training.snapshots.failure is None:
+            seen = training.seen()
+            assert all(torch.equal(seen[name].view_as(value), value) for name, value in before.items())
+        elif step > 1:
+            raise AssertionError("from the second step on, the training is held up")
+        training.snapshots.failure = None
+
+
 def test_a_snapshot_that_failed_gives_its_slot_back(training: Training) -> None:
     for step in range(1, 6):
         training.snapshots._overlap, training.snapshots._proven = True, False

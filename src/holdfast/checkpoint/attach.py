@@ -24,7 +24,7 @@ from holdfast.checkpoint import planner
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.committer import Committer
 from holdfast.checkpoint.elastic import LearningRateRule, learning_rate_factor
-from holdfast.checkpoint.folders import FILES, copy_of, replace_files
+from holdfast.checkpoint.folders import FILES, copy_of, plain_files, replace_files
 from holdfast.checkpoint.loading import StateContent, check_kind
 from holdfast.checkpoint.policy import FIRST_SAVE_STEPS, CheckpointPolicy
 from holdfast.checkpoint.ranks import Together, Vote
@@ -41,6 +41,8 @@ FINAL_COMMIT_SECONDS = 300.0
 """How long the end of the program waits for its last commit, on the wall."""
 BUDGET_SECONDS = 600.0
 """A save that is not durable after so long is said to be late, unless the policy's own interval is shorter."""
+FOLDER_TRIES, LONGEST_PAUSE_SECONDS = 3, 30.0
+"""At a notice, and between tries while the training goes on."""
 RECENT = 16
 """Measurements of each kind that plans are made from."""
 NOTICES: dict[NoticeKind, float] = {"rebalance": 1.0, "lease": 2.0, "shutdown": 3.0, "preemption": 4.0}
@@ -73,13 +75,14 @@ def attach(
     loop runs as written. Raises ConfigError for bad arguments and for a checkpoint that does not fit the program.
     """
     policy = _policy(every, max_to_keep)
+    folder = _folder(directory)
     learning_rate_factor(learning_rate_scaling, 1, 1)
     around = Surroundings.from_environment()
     return Attached(
         around,
         policy,
         components,
-        Path(directory) if directory else None,
+        folder,
         1 if low_memory else 2,
         learning_rate_scaling,
     )
@@ -135,6 +138,7 @@ class Attached:
         self._completed_at = self._saved_at
         self._look_at, self._look_at_step = 0.0, 0
         self._began = self._saved_at  # the machine is as old as its program, but for the boot
+        self._folder_failures, self._not_before = 0, 0.0
         self._copies: deque[float] = deque(maxlen=RECENT)
         self._hold_seconds = 0.0
         self._steps: deque[float] = deque(maxlen=RECENT)
@@ -149,6 +153,8 @@ class Attached:
 
     @state.setter
     def state(self, values: dict[str, Any]) -> None:
+        if not isinstance(values, dict):
+            raise ConfigError(f"run.state = {values!r:.100}: it must be a dict; put the value into it under a name")
         kept = dict(values)
         self._state.clear()
         self._state.update(kept)
@@ -165,15 +171,25 @@ class Attached:
         for step in range(self.begin(total) + 1, total + 1):
             if self._stop:
                 break
-            yield step
+            try:
+                yield step
+            except GeneratorExit:
+                self._let_go()
+                raise
             self.complete()
         self.finish()
+
+    def _let_go(self) -> None:
+        """The loop was left by `break` or an exception: what has been begun is made durable, and the memory is free."""
+        if self._around and not sys.is_finalizing():  # its threads are gone then
+            self._snapshots.close()
+            self._committer.close()
 
     def begin(self, total: int) -> int:
         """For a loop of another library, instead of `steps`: the steps that are done already; call `complete` after
         each of the rest, and `finish` after the last. Raises ConfigError as `steps` does.
         """
-        if not isinstance(total, int) or total < 1:
+        if not isinstance(total, int) or isinstance(total, bool) or total < 1:
             raise ConfigError(f"steps(total={total!r}): total must be a whole number above zero")
         if self._looping:
             raise ConfigError(
@@ -206,8 +222,8 @@ class Attached:
         for name, value in metrics.items():
             try:
                 self._metrics[name] = float(value.detach() if hasattr(value, "detach") else value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"report({name}={value!r}): not a number: {error}") from error
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise ConfigError(f"report({name}={value!r:.100}): not a number: {error}") from error
 
     def stop(self) -> None:
         """End the loop after this step, as if it were the last (early stopping); of several ranks, one is enough, and
@@ -280,6 +296,8 @@ class Attached:
         )
 
     def _is_due(self) -> bool:
+        if time.monotonic() < self._not_before:
+            return False
         steps, speed = self._step - self._saved_step, self._clock.speed
         seconds = (time.monotonic() - self._saved_at) * speed
         if not self._policy.is_automatic:
@@ -319,10 +337,18 @@ class Attached:
             "created_at": self._clock.now().isoformat(),
             "learning_rates": self._training.learning_rates(),
             "batch_size": self._training.batch_size(),
+            "kinds": self._training.kinds(),
             "environment": {**describe_environment(), "world_size": self._together.world_size},
             "metrics": self._committer.metrics_until(self._step),
         }
-        folder = copy_of(self._folder) if self._folder and self._together.is_first else None
+        folder = None
+        if self._folder and self._together.is_first:
+            try:
+                folder = copy_of(self._folder)
+                self._folder_failures = 0
+            except (OSError, ConfigError) as error:
+                self._say_folder_failure(error)
+                return
         wait |= self._together.world_size > 1  # what the others save, this one must
         if self._snapshots.take(self._step, words, folder, wait) is None:
             if folder:
@@ -344,6 +370,13 @@ class Attached:
             self._reporter.event("commit-failed", step=self._saved_step, error=str(failure))
             self._saved_step = max(self._committer.committed_step, self.resumed_step)
             self._saved_at = -float("inf")
+
+    def _say_folder_failure(self, error: Exception) -> None:
+        """The files could not be copied: the save stays due, is tried again after a while, and the training goes on."""
+        self._folder_failures += 1
+        log.warning("the files of %s could not be copied step=%s error=%s", self._folder, self._step, error)
+        self._reporter.event("commit-failed", step=self._step, error=str(error) or repr(error))
+        self._not_before = time.monotonic() + min(2.0**self._folder_failures / 2, LONGEST_PAUSE_SECONDS)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -377,6 +410,8 @@ class Attached:
 
     def _plan(self) -> planner.Decision:
         assert self._notice
+        if self._folder_failures >= FOLDER_TRIES:
+            return planner.Skip(f"the files of {self._folder} can't be copied")
         now, speed = self._clock.now(), self._clock.speed
         committer = self._committer
         saving = None
@@ -427,6 +462,11 @@ class Attached:
                     self._save(wait=True)
                 self._snapshots.settle()
                 self._say_failure()
+            if self._folder_failures:
+                raise TransientError(
+                    f"the last step ({self._step}) could not be saved: the files of {self._folder} can't be copied; the "
+                    f"last committed one is {max(0, self._committer.committed_step)}"
+                )
             if not self._committer.wait(self._step, FINAL_COMMIT_SECONDS):
                 if self._committer.fenced:
                     self._leave(committed=False)
@@ -505,6 +545,7 @@ class Attached:
     def _load(self, checkpoints: Checkpoints, checkpoint: CheckpointId, manifest: dict[str, Any]) -> CheckpointId:
         check_kind(checkpoint, manifest)
         self._reporter.phase("resume", checkpoint.step)
+        self._training.check_kinds(manifest.get("kinds") or {})
         content = StateContent(checkpoints, checkpoint, manifest)
         ranks = self._together.ranks
         same_world = content.world_size == ranks.world_size
@@ -519,10 +560,26 @@ class Attached:
         return checkpoint
 
 
+def _folder(directory: str | Path | None) -> Path | None:
+    """Where its files really are. Raises ConfigError for what is no folder, and for files that could not be saved."""
+    if directory is None or directory == "":
+        return None
+    if not isinstance(directory, str | Path):
+        raise ConfigError(f"attach(directory={directory!r}): it must be the path of a folder")
+    folder = Path(directory).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"attach(directory={str(directory)!r}): that is a file; name the folder that it lies in")
+    for _ in plain_files(folder):
+        pass
+    return folder
+
+
 def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | None:
     """None: the job's own."""
     if every is None and max_to_keep is None:
         return None
+    if every is not None and not isinstance(every, str):
+        raise ConfigError(f"attach(every={every!r}): write '100 steps', '30 s', '5 minutes' or 'auto'")
     around = Surroundings.from_environment()
     job = around.policy if around else CheckpointPolicy()
     keep = job.max_to_keep if max_to_keep is None else max_to_keep

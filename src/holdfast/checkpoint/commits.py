@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import queue
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ except ImportError:
     from zlib import crc32
 
 FORMAT_VERSION = 2  # since 2: images have a checksum per piece, and a state may be of several ranks
+ID = re.compile(r"[0-9]+-[0-9]+")
+"""Other folders beside the checkpoints are none of ours."""
 MANIFEST = "manifest.json"
 PART = ".part"
 TREE, STATE = "tree.json", "state.safetensors"
@@ -161,16 +164,16 @@ class Checkpoints:
             said = manifest.pop(CHECKSUM, None)
             if said is not None and said != _checksum(manifest):
                 raise ValueError("its checksum is another than it says")
-            version = int(manifest["format_version"])
+            version = manifest["format_version"]
+            if float(version) > FORMAT_VERSION:  # before anything else is looked at: it may look otherwise
+                raise ConfigError(
+                    f"checkpoint {checkpoint} of run {self._run_id!r} has format {version}, this Holdfast reads up to "
+                    f"{FORMAT_VERSION}; use the version that wrote it, or a later one"
+                )
             for entry in manifest["objects"].values():
                 _check_entry(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpointError(f"{checkpoint}/{MANIFEST} can't be read: {error!r}") from error
-        if version > FORMAT_VERSION:
-            raise ConfigError(
-                f"checkpoint {checkpoint} of run {self._run_id!r} has format {version}, this Holdfast reads up to "
-                f"{FORMAT_VERSION}; use the version that wrote it, or a later one"
-            )
         return manifest
 
     def read(self, checkpoint: CheckpointId, manifest: Mapping[str, Any], name: str) -> bytes:
@@ -320,7 +323,7 @@ class Checkpoints:
         found = set()
         for info in self._store.list(self._prefix):
             name, slash, inner = info.key.removeprefix(self._prefix).partition("/")
-            if slash and wanted(inner) and name.replace("-", "").isdigit():
+            if slash and wanted(inner) and ID.fullmatch(name):
                 found.add(CheckpointId.parse(name))
         return found
 

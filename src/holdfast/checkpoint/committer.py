@@ -166,7 +166,8 @@ class Committer:
         with theirs, open(self._log_file or os.devnull, "ab") as said, self._hold_machine() as held:
             # A session of its own: what ends the training's process group must not end a commit that has begun.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "holdfast.checkpoint.persist", str(theirs.fileno())],
+                # -P: a file of the program's, queue.py say, must not stand in for Python's own.
+                [sys.executable, "-P", "-m", "holdfast.checkpoint.persist", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), *held],
                 stdin=subprocess.DEVNULL,
                 stdout=said,

@@ -129,6 +129,13 @@ def numbered_state(name: str, optimizer: Any, names: Mapping[int, str], saved: d
                 f"{name} is of another kind than the checkpoint's: {difference(set(group), set(old))}; use the same, or "
                 "another run id"
             )
+    now = {frozenset(names[id(one)] for one in group["params"]) for group in optimizer.param_groups} - {frozenset()}
+    then = {frozenset(group["params"]) for group in saved["param_groups"]} - {frozenset()}
+    if now != then:
+        raise ConfigError(
+            f"{name} has its parameters in {len(now)} groups, the checkpoint has them in {len(then)}, or in others: each "
+            f"group has settings of its own; group them as the checkpoint does ({_in_short(then)}), or use another run id"
+        )
     numbers = {one: number for number, one in enumerate(named)}
     groups = []
     for group in optimizer.param_groups:
@@ -152,6 +159,11 @@ def difference(here: set[str], there: set[str]) -> str:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             said.append(f"{what} {', '.join(shown)}{more}")
     return "; ".join(said)
+
+
+def _in_short(groups: set[frozenset[str]]) -> str:
+    members = sorted(sorted(group) for group in groups)
+    return "; ".join(f"{', '.join(one[:2])}{' ...' if len(one) > 2 else ''}" for one in members[:4])
 
 
 def _names_in_order(optimizer: Any, names: Mapping[int, str]) -> list[str] | None:

@@ -98,6 +98,14 @@ def to_dcp(
     import torch.distributed.checkpoint as dcp
 
     names = names or {}
+    if unknown := names.keys() - content.trees[0]["components"].keys():
+        raise ConfigError(
+            f"--rename: checkpoint {content.checkpoint} has no component {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(content.trees[0]['components'])}"
+        )
+    keys = [names.get(name, name) for name in content.trees[0]["components"]] + [ABOUT]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"--rename: {', '.join(twice)} would be two things of the export; name another key")
     tensors = _tensors(content, component, progress)
     state = {names.get(name, name): by_own_names(saved) for name, saved in _values(content, component, tensors).items()}
     if not component:

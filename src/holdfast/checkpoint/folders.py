@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.policy import CheckpointPolicy
 from holdfast.errors import AlreadyExistsError, ConfigError, DamagedCheckpointError
 from holdfast.storage import ObjectStore
+from holdfast.storage.keys import is_key
 
 KIND = "directory"
 FILES = "files/"
@@ -74,30 +76,59 @@ class FolderCommitter:
 
 
 def plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Relative name and path of every file. Raises ConfigError for links and special files: they would not come back."""
+    """Relative name and path of every file. Raises ConfigError for links and special files, which would not come back,
+    and for names that no object of a store can have. A file that is gone again when it is looked at is left out.
+    """
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names + [one for one in folders if Path(parent, one).is_symlink()]):
             path = Path(parent, name)
             if path.is_symlink() or not path.is_file():
+                if not os.path.lexists(path):
+                    continue
                 raise ConfigError(f"checkpoint folder: {path} is no plain file; write a copy instead of a link")
-            yield path.relative_to(folder).as_posix(), path
+            relative = path.relative_to(folder).as_posix()
+            if not _is_name(relative):
+                raise ConfigError(
+                    f"checkpoint folder: a file is called {relative!r}, which no object of a store can be; rename it"
+                )
+            yield relative, path
+
+
+def _is_name(relative: str) -> bool:
+    try:
+        return is_key(FILES + relative)
+    except UnicodeEncodeError:
+        return False
 
 
 def copy_of(folder: Path) -> Path:
-    """The same files in a temporary folder, for a commit that takes a while."""
+    """The same files in a temporary folder, for a commit that takes a while. Raises OSError and ConfigError; there is no
+    copy then.
+    """
     copy = Path(tempfile.mkdtemp(prefix="holdfast-snapshot-"))
-    for name, path in plain_files(folder):
-        target = copy / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    try:
+        for name, path in plain_files(folder):
+            target = copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed just now
+                shutil.copyfile(path, target)
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
     return copy
 
 
 def replace_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Have the folder hold these, by their names in a checkpoint, and nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Have the folder hold these, by their names in a checkpoint, and nothing else. The folder itself stays: it may be a
+    mount point.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
     for name, body in files.items():
         relative = PurePosixPath(name.removeprefix(FILES))
         if relative.is_absolute() or ".." in relative.parts:

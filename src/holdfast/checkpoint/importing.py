@@ -46,6 +46,9 @@ def as_components(
     """
     rest = dict(state)
     renamed = {name: value for key, name in names.items() for value in [_take(rest, key)] if name}
+    given = [name for name in names.values() if name]
+    if twice := sorted({name for name in given if given.count(name) > 1 or name in rest}):
+        raise ConfigError(f"--rename: {', '.join(twice)} would be two components; name another")
     about = rest.pop(ABOUT, None)
     about = about if isinstance(about, dict) else {}
     emptied = {key for key in rest if isinstance(rest[key], dict) and not rest[key] and state[key]}

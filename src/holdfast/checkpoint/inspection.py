@@ -107,7 +107,7 @@ def find(store: ObjectStore, run: str, which: str = NEWEST) -> CheckpointId:
     ids = committed(store, run)
     if which == NEWEST:
         return ids[-1]
-    if which.isdigit():
+    if which.isascii() and which.isdigit():
         matching = [one for one in ids if one.step == int(which)]
     elif match := ID.fullmatch(which):
         matching = [one for one in ids if one == CheckpointId(int(match[1]), int(match[2]))]

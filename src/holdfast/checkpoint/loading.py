@@ -93,6 +93,7 @@ class StateContent:
                 continue
             usable = (
                 type(live) is torch.Tensor and live.device.type == "cpu" and live.is_contiguous()
+                and not live.is_conj() and not live.is_neg()
                 and live.dtype == dtype and tuple(live.shape) == shape
             )  # fmt: skip
             tensor = live if usable else _fresh(shape, dtype)

@@ -37,8 +37,12 @@ class CheckpointPolicy:
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_seconds", "max_to_keep", "mean_seconds_between_preemptions"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value!r}; it must be above zero")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} is {value!r}; it must be a number above zero")
+        for name in ("every_steps", "max_to_keep"):
+            if (value := getattr(self, name)) is not None and value != int(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number")
         if self.compression not in ("auto", "off"):
             raise ConfigError(f"compression is {self.compression!r}; write 'auto' or 'off'")
         if self.every_steps and self.every_seconds:

@@ -382,9 +382,11 @@ class Snapshots:
                 snapshot.done = True
                 self._progress.notify_all()
 
-        if late:
+        if late and self._proven:
             threading.Thread(target=copy, name="holdfast-snapshot", daemon=True).start()
         else:
+            # The first one is copied before the program goes on: what differs from it when the optimizer comes was changed
+            # by something else, whatever way it was written.
             copy()
 
     def _copy_in_turns(self, pairs: list[Pair], announced: Snapshot | None) -> None:

@@ -136,6 +136,11 @@ class TrainingState:
                     f"{path} is a tensor of {leaf.dtype} and {leaf.layout}, which a checkpoint can't hold; keep a dense "
                     "one of another type"
                 )
+            if shared and any(not stride and size > 1 for stride, size in zip(leaf.stride(), leaf.shape, strict=True)):
+                raise ConfigError(
+                    f"{path} is an expanded tensor: many of its elements are one in memory, and it can't be loaded; "
+                    "register a clone() of it"
+                )
             # Tied weights are one tensor under two names, and stay one. Ranks without a part of it see that by name alone.
             if name := names_at.get(tied_to.get(path, "")):
                 return name
@@ -187,6 +192,23 @@ class TrainingState:
             case "torch-generator":
                 return component.get_state()
         return component.bit_generator.state
+
+    def kinds(self) -> dict[str, str]:
+        """Name of an optimizer or scheduler of torch's own -> its class: what another makes of its state is nonsense."""
+        return {
+            name: type(component).__name__
+            for name, component in self._components.items()
+            if type(component).__module__.startswith("torch.optim.")
+        }
+
+    def check_kinds(self, kinds: Mapping[str, str]) -> None:
+        """`kinds`: of the checkpoint. Raises ConfigError."""
+        for name, kind in self.kinds().items():
+            if kinds.get(name, kind) != kind:
+                raise ConfigError(
+                    f"{name} is of another kind than the checkpoint's: {kind}, and there it is {kinds[name]}; use the "
+                    "same, or another run id"
+                )
 
     def layout(self) -> list[str]:
         """What all ranks must have alike, a line for each: the components, and the tensors of modules."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -50,8 +51,8 @@ def flatten(value: Any, path: str, take_tensor: Callable[[str, Any], str]) -> An
         return {COUNTER if is_counter else PAIRS: pairs}
     if name := take_tensor(path, value):
         return {TENSOR: name}
-    if type(value).__module__ == "numpy":
-        return _flatten_numpy(value, path)
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.ndarray | numpy.generic):
+        return _flatten_numpy(value, path, isinstance(value, numpy.generic))
     raise ConfigError(
         f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint can't hold; keep numbers, "
         "text, tensors, and lists, tuples and dicts of these"
@@ -84,11 +85,12 @@ def unflatten(value: Any, tensor: Callable[[str], Any]) -> Any:
     return {key: unflatten(item, tensor) for key, item in value.items()}
 
 
-def _flatten_numpy(value: Any, path: str) -> Any:
+def _flatten_numpy(value: Any, path: str, scalar: bool) -> Any:
     if value.dtype.hasobject:
         raise ConfigError(f"{path} is a NumPy array of Python objects, which a checkpoint can't hold")
+    if value.dtype.names:
+        raise ConfigError(f"{path} is a NumPy array with fields, which a checkpoint can't hold; keep one array a field")
     data = base64.b64encode(value.tobytes()).decode()
-    scalar = getattr(value, "ndim", 0) == 0 and not hasattr(value, "setflags")
     return {ARRAY: {"dtype": value.dtype.str, "shape": list(value.shape), "scalar": scalar, "data": data}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from holdfast.adapters import accelerate as accelerate_adapter
@@ -42,7 +44,7 @@ def one_step_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     """
     monkeypatch.chdir(tmp_path)
 
-    def run(program: Program) -> Outcome:
+    def run(program: Program, stops_at: int = 0) -> Outcome:
         notice = tmp_path / "notice.json"
         notice.write_text(json.dumps({"kind": "preemption"}))
         for name, value in ((contract.STORE, (tmp_path / "store").as_uri()), (contract.RUN, "run")):
@@ -56,7 +58,9 @@ def one_step_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
             except SystemExit as left:
                 assert left.code == contract.EXIT_PREEMPTED_COMMITTED
                 continue
-            assert attempt >= STEPS
+            assert attempt >= (stops_at or STEPS)
+            if stops_at:
+                return outcome
             notice.unlink()
             monkeypatch.setenv(contract.ATTEMPT, str(attempt + 1))
             assert program() == outcome
@@ -81,6 +85,23 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
 
+class Shuffling(Sampler[int]):
+    """As people write them."""
+
+    def __len__(self) -> int:
+        return 52
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(52))
+        random.shuffle(order)
+        return iter(order)
+
+
+class ShufflingTrainer(Trainer):
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return Shuffling()
+
+
 class Words(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, count: int) -> None:
         self.inputs, self.labels = samples(count)
@@ -102,16 +123,17 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(scores, labels), "logits": scores}
 
 
-def train_with_transformers() -> Outcome:
+def train_with_transformers(kind: type[Trainer] = Trainer, patience: int = 100, rate: float = 1e-2) -> Outcome:
     torch.manual_seed(0)
-    trainer = Trainer(
+    random.seed(0)
+    trainer = kind(
         model=Classifier(),
         args=TrainingArguments(
             output_dir="trainer",
             num_train_epochs=3,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            learning_rate=1e-2,
+            learning_rate=rate,
             warmup_steps=5,
             lr_scheduler_type="cosine",
             logging_steps=3,
@@ -125,7 +147,7 @@ def train_with_transformers() -> Outcome:
         ),
         train_dataset=Words(52),
         eval_dataset=Words(20),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=100)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)],
     )
     trainer.add_callback(TrainerCallback(trainer))
     trainer.train()
@@ -151,6 +173,18 @@ def test_trainer_goes_on_after_every_step(one_step_each: Callable[..., Outcome],
     assert [step for step, metrics in losses.items() if "loss" in metrics] == [3, 6, 9, 12]
 
 
+def test_a_sampler_may_draw_from_python_s_random_numbers(one_step_each: Callable[..., Outcome]) -> None:
+    steady = train_with_transformers(ShufflingTrainer)
+    assert one_step_each(lambda: train_with_transformers(ShufflingTrainer)) == steady
+
+
+def test_trainer_stops_early_at_a_notice_too(one_step_each: Callable[..., Outcome]) -> None:
+    """Every step has a notice, also the one at which Trainer decides that it is the last."""
+    steady = train_with_transformers(patience=1, rate=3.0)
+    assert steady["step"] == 8
+    assert one_step_each(lambda: train_with_transformers(patience=1, rate=3.0), stops_at=8) == steady
+
+
 class Lit(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -170,21 +204,33 @@ class Lit(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "validation"}}
 
 
-def train_with_lightning(**options: Any) -> Outcome:
+class Annealed(Lit):
+    """What an epoch is trained with is set where it begins."""
+
+    def on_train_epoch_start(self) -> None:
+        self.weight = 0.5**self.current_epoch
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.weight * super().training_step(batch, batch_idx)
+
+
+def train_with_lightning(
+    kind: type[Lit] = Lit, loader: dict[str, Any] | None = None, patience: int = 100, **options: Any
+) -> Outcome:
     seed_everything(0, verbose=False)
-    stopping = EarlyStopping("validation", patience=100)
+    stopping = EarlyStopping("validation", patience=patience, min_delta=1.0 if patience == 0 else 0.0)
     trainer = LightningTrainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[stopping, LightningCallback()],
+        callbacks=[stopping, *options.pop("callbacks", []), LightningCallback()],
         **options,
     )
     train, validate = torch.utils.data.random_split(TensorDataset(*samples(72)), [52, 20])
-    model = Lit()
-    trainer.fit(model, DataLoader(train, 8, shuffle=True), DataLoader(validate, 10))
+    model = kind()
+    trainer.fit(model, DataLoader(train, **(loader or {"batch_size": 8, "shuffle": True})), DataLoader(validate, 10))
     loop = trainer.fit_loop
     return {
         "weights": digest(model),
@@ -212,13 +258,36 @@ def test_lightning_goes_on_after_every_step(options: dict[str, Any], one_step_ea
     assert spot == steady
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"loader": {"batch_size": 8, "sampler": Shuffling()}},
+        lambda: {"loader": {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(3)}},
+        lambda: {"kind": Annealed, "callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+    ],
+    ids=["python's random numbers", "own generator", "what an epoch begins with"],
+)
+def test_lightning_s_epochs_are_what_they_were(
+    options: Callable[[], dict[str, Any]], one_step_each: Callable[..., Outcome]
+) -> None:
+    steady = train_with_lightning(max_epochs=3, **options())
+    assert one_step_each(lambda: train_with_lightning(max_epochs=3, **options())) == steady
+
+
+def test_lightning_stops_early_at_a_notice_too(one_step_each: Callable[..., Outcome]) -> None:
+    steady = train_with_lightning(patience=0, max_epochs=3)
+    assert steady["step"] == 14
+    assert one_step_each(lambda: train_with_lightning(patience=0, max_epochs=3), stops_at=14) == steady
+
+
 def train_with_accelerate(**options: Any) -> Outcome:
     torch.manual_seed(0)
+    random.seed(0)
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    loader = DataLoader(TensorDataset(*samples(52)), 8, shuffle=True, **options)
+    loader = DataLoader(TensorDataset(*samples(52)), **(options or {"batch_size": 8, "shuffle": True}))
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     run = accelerate_adapter.attach(accelerator, model, optimizer, loader, scheduler)
     run.state.setdefault("batches", 0)
@@ -235,15 +304,28 @@ def train_with_accelerate(**options: Any) -> Outcome:
     return {"weights": digest(model), "rate": rate, "batches": run.state["batches"]}
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["global generator", "own generator"])
-def test_accelerate_goes_on_after_every_step(own: bool, one_step_each: Callable[..., Outcome]) -> None:
-    def program() -> Outcome:
-        return train_with_accelerate(**({"generator": torch.Generator().manual_seed(3)} if own else {}))
-
-    steady = program()
-    spot = one_step_each(program)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict,
+        lambda: {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(3)},
+        lambda: {"batch_size": 8, "sampler": Shuffling()},
+    ],
+    ids=["global generator", "own generator", "python's random numbers"],
+)
+def test_accelerate_goes_on_after_every_step(
+    options: Callable[[], dict[str, Any]], one_step_each: Callable[..., Outcome]
+) -> None:
+    steady = train_with_accelerate(**options())
+    spot = one_step_each(lambda: train_with_accelerate(**options()))
     assert spot == steady
     assert spot["batches"] == 21
+
+
+def test_a_stateful_loader_of_accelerate_s_is_refused() -> None:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    with pytest.raises(ConfigError, match="use_stateful_dataloader=True: leave it off"):
+        accelerate_adapter.attach(accelerator, network(), None, [])
 
 
 def test_a_trainer_that_can_t_go_on_is_refused(one_step_each: Callable[..., Outcome]) -> None:

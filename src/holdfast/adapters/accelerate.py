@@ -12,21 +12,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import get_sampler
 
 import holdfast
+from holdfast.adapters.order import order_of, put_back
+from holdfast.errors import ConfigError
 
 
 def attach(
     accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any = None, **parts: Any
 ) -> AcceleratedRun:
-    """Restore the newest checkpoint into what `accelerator.prepare` returned, and save from now on.
-
-    The scaler and what `register_for_checkpointing` was given are saved too. `parts`: further parts of the state, and
+    """Restore the newest checkpoint into what `accelerator.prepare` returned, and save from now on. The scaler and what `register_for_checkpointing` was given are saved too. `parts`: further parts of the state, and
     options of `holdfast.attach`. Without an agent nothing is restored or saved. Raises ConfigError as `holdfast.attach`.
     """
+    if accelerator.dataloader_config.use_stateful_dataloader:
+        raise ConfigError("use_stateful_dataloader=True: leave it off; the position in the epoch is saved anyway")
     parts |= {f"registered{number}": one for number, one in enumerate(accelerator._custom_objects)}
     parts |= {"scheduler": scheduler} if scheduler else {}
     parts |= {"scaler": accelerator.scaler} if accelerator.scaler else {}
@@ -76,16 +77,14 @@ class AcceleratedRun:
 
     def _rest(self, epochs: int) -> Iterator[Any]:
         sampler = get_sampler(self._loader)
-        generator = getattr(sampler, "generator", None) or torch.default_generator
         for epoch in range(self._epoch, epochs):
             if self._resumed:
-                torch.set_rng_state(self._order["torch"])
-                generator.set_state(self._order["generator"])
+                put_back(self._order["drawn"], [self._loader, sampler])
                 if self._order["seed"] is not None:
                     sampler.initial_seed = self._order["seed"]
             else:
                 seed = getattr(sampler, "initial_seed", None)
-                self._order = {"torch": torch.get_rng_state(), "generator": generator.get_state(), "seed": seed}
+                self._order = {"drawn": order_of([self._loader, sampler]), "seed": seed}
                 self._epoch, self._batch = epoch, 0
             if hasattr(self._loader, "set_epoch"):
                 self._loader.set_epoch(epoch)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 try:
     from lightning.pytorch import Callback, Trainer
 except ImportError:
     from pytorch_lightning import Callback, Trainer
 
 import holdfast
+from holdfast.adapters.order import order_of, put_back
 from holdfast.checkpoint.reporting import Surroundings
 from holdfast.errors import ConfigError
 
@@ -27,8 +26,7 @@ class HoldfastCallback(Callback):
     """
 
     def __init__(self, **parts: Any) -> None:
-        self._parts, self._begun, self._steps = parts, False, 0
-        self._run, self.order = None, torch.get_rng_state()
+        self._parts, self._begun, self._steps, self._run, self.order = parts, False, 0, None, order_of()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if Surroundings.from_environment():
@@ -41,16 +39,19 @@ class HoldfastCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self._run and self._run.resumed_step:
             loop, batches = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-            torch.set_rng_state(self.order)  # the epoch's order is drawn from it
-            if trainer.current_epoch:
-                iter(batches)  # made already, out of other random numbers
+            put_back(self.order, trainer.fit_loop._combined_loader.flattened)  # the epoch's order is drawn from it
+            trainer.current_epoch and iter(batches)  # made already, out of other random numbers
             for _ in range(loop.batch_progress.current.ready):
                 next(batches)
             batches.fetched = 0  # the loop adds what it has had
             loop._should_check_val_fx = lambda _: False  # what was due after the last step is done
+            if trainer.fit_loop.restarted_mid_epoch:  # Lightning takes the epoch for begun
+                for one in trainer.callbacks:
+                    one is self or one.on_train_epoch_start(trainer, pl_module)
+                pl_module.on_train_epoch_start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.order = torch.get_rng_state()
+        self.order = order_of(trainer.fit_loop._combined_loader.flattened)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._run and self._begun and trainer.global_step > self._steps:  # else gradients are being accumulated
@@ -66,6 +67,7 @@ class HoldfastCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if self._run:
+            self._run.stop()  # as early as Lightning decided: a notice at this step must not have it go on
             self.on_train_batch_start(trainer)
             self._run.finish()
 
@@ -78,7 +80,7 @@ class _Position:
     """How far the loops and the other callbacks are, asked for only when a snapshot is made."""
 
     def __init__(self, trainer: Trainer, own: HoldfastCallback) -> None:
-        self._loop, self._own, self._fit = trainer.fit_loop, own, torch.get_rng_state()
+        self._loop, self._own, self._fit = trainer.fit_loop, own, order_of()
         self._callbacks = {one.state_key: one for one in trainer.callbacks if one is not own}
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,4 +96,4 @@ class _Position:
             counter["ready"] = counter["completed"]  # the batch that was in hand is fetched again
         self._loop.load_state_dict({**saved["loops"], "state_dict": {}})  # a loader's own position is one batch ahead
         self._fit, self._own.order = saved["fit"], saved["order"]
-        torch.set_rng_state(self._fit)  # loaders are made, and the first epoch's order drawn, after this
+        put_back(self._fit)  # loaders are made, and the first epoch's order drawn, after this

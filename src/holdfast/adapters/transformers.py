@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
 import holdfast
+from holdfast.adapters.order import order_of, put_back
 from holdfast.checkpoint.reporting import Surroundings
 from holdfast.errors import ConfigError
 
@@ -34,7 +34,7 @@ class HoldfastCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, **parts: Any) -> None:
         self._trainer, self._parts = trainer, parts
         self._run: holdfast.Attached | None = None
-        self._begun, self._order = False, torch.get_rng_state()
+        self._begun, self._order = False, order_of()
         if Surroundings.from_environment():
             self._train, trainer.train = trainer.train, self._resume
 
@@ -74,12 +74,12 @@ class HoldfastCallback(TrainerCallback):
             for group, saved in zip(self._trainer.optimizer.param_groups, self._groups, strict=True):
                 group.update({**saved, "params": group["params"]})  # a new scheduler has set the first step's rates
             for name, value in self._saved["logging"].items():
-                setattr(self._trainer, name, value.to(args.device) if isinstance(value, torch.Tensor) else value)
+                setattr(self._trainer, name, value.to(args.device) if hasattr(value, "to") else value)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._run and self._run.resumed_step and not self._begun:
-            torch.set_rng_state(self._order)  # the epoch's order is drawn from it
-        self._order = torch.get_rng_state()
+            put_back(self._order)  # the epoch's order is drawn from it
+        self._order = order_of()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._run and self._begun:
@@ -94,5 +94,6 @@ class HoldfastCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._run:
+            self._run.stop()  # Trainer may have decided so early: a notice now must not have it go on
             self.on_step_begin(args, state, control)
             self._run.finish()

@@ -170,7 +170,7 @@ class TrainingState:
         tree = {
             "components": components,
             "user": flat(self._user, "user", False),
-            "random": flat(_random_states(), "random", False),
+            "random": flat(random_states(), "random", False),
         }
         if self._world_size > 1:
             owner = owners(alike, self._world_size)
@@ -440,7 +440,7 @@ def _shortened(said: list[str], most: int = 5) -> str:
     return "; ".join(said[:most]) + (f"; and {len(said) - most} more" if len(said) > most else "")
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
     states: dict[str, Any] = {"python": random.getstate()}
     if numpy := sys.modules.get("numpy"):
         states["numpy"] = numpy.random.get_state()

@@ -227,7 +227,11 @@ def export_command(options: argparse.Namespace) -> int:
     store = existing_store_of(options.store)
     checkpoint = inspection.find(store, options.run, options.checkpoint)
     manifest = Checkpoints(store, options.run).manifest(checkpoint)
-    suffix, to, component = options.to.suffix, options.to, options.component
+    suffix, to, component = options.to.suffix.lower(), options.to, options.component
+    if re.match("[a-z0-9]+:/", str(to)):
+        raise ConfigError(f"--to {to}: an export is written to this computer; name a file or folder, and copy it then")
+    if suffix in (".bin", ".ckpt", ".pickle", ".pkl", ".tar", ".zip"):
+        raise ConfigError(f"--to {to}: write .safetensors or .pt for a file, and no such ending for a folder")
     if options.rename and suffix in (".safetensors", ".pt", ".pth"):
         raise ConfigError("--rename is for DCP folders: the other files are loaded by component")
     if manifest.get("kind") != "state" or component == "files":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from collections.abc import Generator, Iterator
@@ -27,6 +28,9 @@ def _free_port() -> int:
 PORT = _free_port()
 os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{PORT}/api"
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell has what it starts in the background ignore Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Prefect's log worker registers a call for the interpreter's end that raises in a forked child (3.8.8): a data loader's
 # worker would exit with status 1. Programs on machines are processes without Prefect.
 os.register_at_fork(after_in_child=threading._threading_atexits.clear)  # type: ignore[attr-defined]

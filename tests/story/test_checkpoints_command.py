@@ -259,3 +259,36 @@ def test_what_two_ranks_sharded_goes_on_with_one_and_the_other_way_round(
     assert command("export", "taken", begin, "--to", folder / "back", "--rename", "optimizer=optim")[0] == 0
     rest = {step: loss for step, loss in steady.items() if step > begin}
     assert plain(begin + 1, 8, folder / "back", ranks=2) == pytest.approx(rest, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--to", "s3://bucket/x.pt"), "an export is written to this computer"),
+        (("--to", "model.bin"), "write .safetensors or .pt for a file"),
+        (("--to", "taken/x.pt"), "can't be written"),
+        (("--to", "dcp", "--rename", "nope=model"), "has no component nope"),
+        (("--to", "dcp", "--rename", "optimizer=model"), "model would be two things of the export"),
+        (("--to", "dcp", "--rename", "optimizer=holdfast"), "holdfast would be two things of the export"),
+    ],
+)
+def test_an_export_that_can_t_be_is_refused_and_leaves_nothing(
+    arguments: tuple[str, ...], said: str, command, folder: Path
+) -> None:
+    (folder / "taken").write_text("a file where a folder would have to be")
+    before = sorted(folder.rglob("*"))
+    status, told = command("export", "steady", "newest", *arguments)
+    assert status == 2 and said in " ".join(told.split()) and "Traceback" not in told
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_an_import_makes_no_two_components_one(command, folder: Path) -> None:
+    assert command("export", "steady", "newest", "--to", folder / "all.pt")[0] == 0
+    arguments = ("import", folder / "all.pt", "--run", "twice", "--step", 4, "--rename", "model=optimizer")
+    status, told = command(*arguments)
+    assert status == 2 and "optimizer would be two components" in told
+
+
+def test_a_step_in_other_digits_is_no_step(command) -> None:
+    status, told = command("show", "steady", "²")
+    assert status == 2 and "write 'newest', a step, or an id" in " ".join(told.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import math
 import mmap
@@ -78,7 +79,10 @@ def to_torch_file(content: OpenState, path: Path, component: str = "", progress:
     tensors = _tensors(content, component, progress)
     state = {name: numbered(saved) for name, saved in _values(content, component, tensors).items()}
     with _whole_or_none(path) as staged:
-        torch.save(state[component] if component else {**state, **_about(content, tensors)}, staged)
+        try:
+            torch.save(state[component] if component else {**state, **_about(content, tensors)}, staged)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise ConfigError(f"{path} can't be written: {error}; is there room for it?") from error
     return []
 
 
@@ -115,7 +119,8 @@ def to_dcp(
         try:
             dcp.save(state, checkpoint_id=staged, no_dist=True)
         except dcp.CheckpointException as error:  # no Exception, so nobody else would catch it
-            raise ConfigError(f"{folder} can't be written: {error}") from error
+            first = next(iter(error.failures.values()), (error,))[0]
+            raise ConfigError(f"{folder} can't be written: {str(first) or repr(first)}") from error
     return []
 
 
@@ -343,7 +348,8 @@ def _whole_or_none(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error}") from error
     finally:
-        if staged.is_dir():
-            shutil.rmtree(staged, ignore_errors=True)
-        else:
-            staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was said why there is none
+            if staged.is_dir():
+                shutil.rmtree(staged, ignore_errors=True)
+            else:
+                staged.unlink(missing_ok=True)

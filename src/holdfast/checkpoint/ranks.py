@@ -97,8 +97,7 @@ class Together:
             )
             raise ConfigError(
                 f"attach() was given other objects on rank {self.rank} than on rank 0: {found}. Ranks save one state "
-                "together, and must have the same components and modules (pipeline stages: save each stage as a run of "
-                "its own)"
+                "together, and must have the same components and modules; the stages of a pipeline can't be saved yet"
                 if found
                 else "attach() was given other objects on another rank than on rank 0; that rank says which"
             )

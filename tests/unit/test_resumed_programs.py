@@ -166,6 +166,35 @@ def test_a_newer_holdfast_s_checkpoint_is_left_alone_whatever_it_looks_like(
     assert started.store.get(key)
 
 
+def test_a_damaged_step_that_is_trained_again_in_the_same_attempt_is_written_anew(started: Started) -> None:
+    """A gang's ranks are started again in one attempt, for example."""
+    for steps in (2, 3):
+        model = network()
+        optimizer = adamw(model)
+        train(started.attempt(1, model=model, optimizer=optimizer), model, optimizer, steps)
+    end = {name: value.clone() for name, value in model.state_dict().items()}
+    newest = f"runs/run/checkpoints/{CheckpointId(1, 3)}/"
+    image = next(info.key for info in started.store.list(newest) if info.key.endswith(".safetensors"))
+    data = bytearray(started.store.get(image))
+    data[-1] ^= 1
+    started.store.put(image, bytes(data))
+
+    model = network()
+    optimizer = adamw(model)
+    run = started.attempt(1, model=model, optimizer=optimizer)
+    assert run.resumed_step == 2
+    train(run, model, optimizer, 3)
+    started.checkpoints.verify(CheckpointId(1, 3), started.checkpoints.manifest(CheckpointId(1, 3)))
+    assert all(torch.equal(end[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_contains_itself_is_refused_by_its_name(started: Started) -> None:
+    run = started.attempt(1, model=network())
+    run.state["me"] = run.state
+    with pytest.raises(ConfigError, match="user contains itself"):
+        next(iter(run.steps(1)))
+
+
 def test_other_folders_beside_the_checkpoints_are_none(started: Started) -> None:
     for name in ("5", "1-2-3", "²-2"):
         started.store.put(f"runs/run/checkpoints/{name}/manifest.json", b"{}")

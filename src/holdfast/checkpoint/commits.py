@@ -279,6 +279,10 @@ class Checkpoints:
                 self._store.delete(info.key)
         return doomed
 
+    def discard(self, checkpoint: CheckpointId) -> None:
+        """It is damaged, and another is to take its place: it exists no more. Its data stays for whoever prunes."""
+        self._store.delete(f"{self._prefix}{checkpoint}/{MANIFEST}")
+
     def superseded(self, attempt: int) -> bool:
         """Has a later attempt begun? Then this one is a zombie, and must neither commit nor delete.
 

@@ -18,7 +18,7 @@ from holdfast.checkpoint.commits import COMPRESSED, PIECE_BYTES, STATE, TREE, Ch
 from holdfast.checkpoint.folders import FILES, file_pieces, plain_files
 from holdfast.checkpoint.reporting import Reporter
 from holdfast.checkpoint.slots import Slot
-from holdfast.errors import AlreadyExistsError, HoldfastError, NotFoundError, TransientError
+from holdfast.errors import AlreadyExistsError, DamagedCheckpointError, HoldfastError, NotFoundError, TransientError
 from holdfast.runtime.contract import metrics_prefix
 from holdfast.storage import ObjectStore
 
@@ -328,16 +328,22 @@ class Persister:
 
     def _committed_as(self, checkpoint: CheckpointId) -> dict[str, Any] | None:
         """The manifest, when this step of this attempt was committed before: by an earlier try of ours, by the process before
-        this one, or by another program that saves to this run. Its objects have other names than ours. Raises
-        DamagedCheckpointError unless it is whole.
+        this one, or by another program that saves to this run. Its objects have other names than ours: is it damaged, it
+        gives way to ours, which is whole.
         """
         try:
             manifest = self._checkpoints.manifest(checkpoint)
+            if [rank["tree"] for rank in manifest.get("ranks", ())] != [
+                self._names(rank)[0] for rank in self._all_ranks
+            ]:
+                log.warning("another process saves to the same attempt checkpoint=%s", checkpoint)
+                self._checkpoints.verify(checkpoint, manifest)
         except NotFoundError:
             return None
-        if [rank["tree"] for rank in manifest.get("ranks", ())] != [self._names(rank)[0] for rank in self._all_ranks]:
-            log.warning("another process saves to the same attempt checkpoint=%s", checkpoint)
-            self._checkpoints.verify(checkpoint, manifest)
+        except DamagedCheckpointError as error:
+            log.warning("a damaged checkpoint is written anew checkpoint=%s error=%s", checkpoint, error)
+            self._checkpoints.discard(checkpoint)
+            return None
         return manifest
 
     @property

@@ -161,7 +161,10 @@ class TrainingState:
             return name
 
         def flat(value: Any, path: str, shared: bool) -> Any:
-            return flatten(value, path, lambda at, leaf: take(at, leaf, shared))
+            try:
+                return flatten(value, path, lambda at, leaf: take(at, leaf, shared))
+            except RecursionError:
+                raise ConfigError(f"{path} contains itself, or too many levels to be saved") from None
 
         components = {
             name: flat(self._get(name, component, names), name, kind_of(component) in SHARED)

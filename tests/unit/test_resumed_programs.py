@@ -18,8 +18,13 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from holdfast.checkpoint.commits import CHECKSUM, CheckpointId
+from holdfast.checkpoint.resumable_loader import ResumableLoader
+from holdfast.checkpoint.sampling import ShuffledBatches
+from holdfast.checkpoint.state import TrainingState
 from holdfast.errors import ConfigError
 from tests.conftest import PROGRAMS
 from tests.unit.started import Started, adamw, network, train
@@ -92,6 +97,21 @@ def test_another_scheduler_is_refused(started: Started) -> None:
         ConfigError, match=r"scheduler is of another kind .*: CosineAnnealingLR, and there it is StepLR"
     ):
         started.attempt(2, model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def test_the_global_batch_is_told_by_samplers_and_loaders_alone() -> None:
+    """By it learning rates are scaled: ours tell the batch of all ranks, those of others that of one."""
+    batches = ShuffledBatches(96, 12, rank=0, world_size=2)
+    data = TensorDataset(torch.zeros(96))
+    model = network()
+    model.batch_size = 5
+    for loader, size in (
+        (batches, 12),
+        (ResumableLoader(data, batches), 12),
+        (StatefulDataLoader(data, batch_sampler=batches), 12),
+        (StatefulDataLoader(data, batch_size=12), 24),
+    ):
+        assert TrainingState({"model": model, "loader": loader}, {}, 0, 2).batch_size() == size
 
 
 # -- values -----------------------------------------------------------------------------------------------------------

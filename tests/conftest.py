@@ -74,6 +74,14 @@ def command_lines_with(text: str) -> list[str]:
     return [line for line in lines if text in line]
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty for one that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Where HOLDFAST_NO_SKIPS is set, everything that tests need is there: a skip is a failure."""

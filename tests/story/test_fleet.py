@@ -36,7 +36,7 @@ from holdfast.storage import DirectoryStore
 from holdfast.supervision.fleet_opening import open_fleet_run
 from holdfast.supervision.reap import reap
 from tests.chaos.runs import assert_nothing_left, cloud, wait_until
-from tests.conftest import PROGRAMS
+from tests.conftest import PROGRAMS, command_line
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = Resources(instance_types=["c7i.large", "n2-standard-2"])
@@ -139,7 +139,7 @@ def test_a_prefect_server_that_does_not_answer_holds_up_no_supervision(folder: P
     [server] = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "prefect server start" in " ".join(process.cmdline())
+        if "prefect server start" in " ".join(command_line(process))
     ]
     went_on: list[bool] = []
 

@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from holdfast.adapters import accelerate as accelerate_adapter
 from holdfast.adapters.lightning import HoldfastCallback as LightningCallback
+from holdfast.adapters.order import order_of, put_back
 from holdfast.adapters.transformers import HoldfastCallback as TrainerCallback
 from holdfast.checkpoint.reader import read_metrics
 from holdfast.errors import ConfigError
@@ -320,6 +321,13 @@ def test_accelerate_goes_on_after_every_step(
     spot = one_step_each(lambda: train_with_accelerate(**options()))
     assert spot == steady
     assert spot["batches"] == 21
+
+
+def test_a_loader_that_lost_its_generator_is_refused() -> None:
+    data = TensorDataset(torch.zeros(8))
+    order = order_of([DataLoader(data, shuffle=True, generator=torch.Generator())])
+    with pytest.raises(ConfigError, match="have 0 generators, and had 1 at the checkpoint"):
+        put_back(order, [DataLoader(data, shuffle=True)])
 
 
 def test_a_stateful_loader_of_accelerate_s_is_refused() -> None:

@@ -23,8 +23,9 @@ from holdfast.errors import ConfigError
 def attach(
     accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any = None, **parts: Any
 ) -> AcceleratedRun:
-    """Restore the newest checkpoint into what `accelerator.prepare` returned, and save from now on. The scaler and what `register_for_checkpointing` was given are saved too. `parts`: further parts of the state, and
-    options of `holdfast.attach`. Without an agent nothing is restored or saved. Raises ConfigError as `holdfast.attach`.
+    """Restore the newest checkpoint into what `accelerator.prepare` returned, and save from now on. The scaler and what
+    `register_for_checkpointing` was given are saved too. `parts`: further parts of the state, and options of
+    `holdfast.attach`. Without an agent nothing is restored or saved. Raises ConfigError as `holdfast.attach`.
     """
     if accelerator.dataloader_config.use_stateful_dataloader:
         raise ConfigError("use_stateful_dataloader=True: leave it off; the position in the epoch is saved anyway")

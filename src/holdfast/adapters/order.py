@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint.state import random_states, set_random_states
+from holdfast.errors import ConfigError
 
 
 def order_of(loaders: Iterable[Any] = ()) -> dict[str, Any]:
@@ -16,8 +17,15 @@ def order_of(loaders: Iterable[Any] = ()) -> dict[str, Any]:
 
 
 def put_back(order: dict[str, Any], loaders: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where the loaders have other generators than then: another order would be drawn unseen."""
     set_random_states(order["random"])
-    for generator, state in zip(_generators(loaders), order["generators"], strict=True):
+    here, there = _generators(loaders), order["generators"]
+    if len(here) != len(there):
+        raise ConfigError(
+            f"the data loader and its samplers have {len(here)} generators, and had {len(there)} at the checkpoint; make "
+            "the loader as it was then"
+        )
+    for generator, state in zip(here, there, strict=True):
         generator.set_state(state)
 
 

@@ -24,7 +24,7 @@ from holdfast.checkpoint import planner
 from holdfast.checkpoint.commits import CheckpointId, Checkpoints
 from holdfast.checkpoint.committer import Committer
 from holdfast.checkpoint.elastic import LearningRateRule, learning_rate_factor
-from holdfast.checkpoint.folders import FILES, copy_of, plain_files, replace_files
+from holdfast.checkpoint.folders import FILES, copy_of, folder_given, replace_files
 from holdfast.checkpoint.loading import StateContent, check_kind
 from holdfast.checkpoint.policy import FIRST_SAVE_STEPS, CheckpointPolicy
 from holdfast.checkpoint.ranks import Together, Vote
@@ -75,7 +75,7 @@ def attach(
     loop runs as written. Raises ConfigError for bad arguments and for a checkpoint that does not fit the program.
     """
     policy = _policy(every, max_to_keep)
-    folder = _folder(directory)
+    folder = folder_given(directory)
     learning_rate_factor(learning_rate_scaling, 1, 1)
     around = Surroundings.from_environment()
     return Attached(
@@ -558,20 +558,6 @@ class Attached:
             listed = [name for name in manifest["objects"] if name.startswith(FILES)]
             replace_files(self._folder, {name: checkpoints.read(checkpoint, manifest, name) for name in listed})
         return checkpoint
-
-
-def _folder(directory: str | Path | None) -> Path | None:
-    """Where its files really are. Raises ConfigError for what is no folder, and for files that could not be saved."""
-    if directory is None or directory == "":
-        return None
-    if not isinstance(directory, str | Path):
-        raise ConfigError(f"attach(directory={directory!r}): it must be the path of a folder")
-    folder = Path(directory).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"attach(directory={str(directory)!r}): that is a file; name the folder that it lies in")
-    for _ in plain_files(folder):
-        pass
-    return folder
 
 
 def _policy(every: str | None, max_to_keep: int | None) -> CheckpointPolicy | None:

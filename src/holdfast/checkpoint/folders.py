@@ -75,6 +75,20 @@ class FolderCommitter:
         return checkpoint.step, target
 
 
+def folder_given(directory: str | Path | None) -> Path | None:
+    """What `attach` was told: where its files really are. Raises ConfigError for what is no folder, and for files that could not be saved."""
+    if directory is None or directory == "":
+        return None
+    if not isinstance(directory, str | Path):
+        raise ConfigError(f"attach(directory={directory!r}): it must be the path of a folder")
+    folder = Path(directory).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"attach(directory={str(directory)!r}): that is a file; name the folder that it lies in")
+    for _ in plain_files(folder):
+        pass
+    return folder
+
+
 def plain_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Relative name and path of every file. Raises ConfigError for links and special files, which would not come back,
     and for names that no object of a store can have. A file that is gone again when it is looked at is left out.
